@@ -1,0 +1,348 @@
+"""The shapes corpus: rendered scenes of coloured shapes with captions, documents and questions, all drawn from a seed.
+
+    python data_prep/shapes.py out=FOLDER_OR_S3 seed=0
+
+Below ``out`` it writes the shards shapes/{train-documents,train-pairs,heldout-pairs}, the questions about the held-out
+scenes (shapes/heldout-questions.json, VQAv2's form) and a tokenizer trained on the text (shapes/tokenizer.json).
+It stands in for web-scale corpora where there is no network: small enough to learn in minutes, and no held-out scene
+description occurs in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from random import Random
+
+from PIL import Image as Picture
+from PIL import ImageDraw
+from pydantic import Field
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from hpc_mm.config import (
+    ENDOFCHUNK_TOKEN,
+    IMAGE_TOKEN,
+    PAD_TOKEN,
+    ConfigError,
+    Part,
+    Positive,
+    in_store,
+    parse_arguments,
+    read_site,
+    with_overrides,
+)
+from hpc_mm.data.schema import Image, Sample, Text
+from hpc_mm.data.shards import ShardWriter
+from hpc_mm.data.store import open_store
+
+PIXELS = 64
+OVERSAMPLE = 4  # drawn this much larger and averaged down: smooth edges
+SHARD_BYTES = 2 << 20  # several shards even at this size, as in a real corpus
+BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
+VOCABULARY = 640  # 256 bytes, and merges until every word of the corpus is one token
+
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 60),
+    "blue": (36, 84, 200),
+    "yellow": (244, 200, 24),
+    "purple": (140, 60, 170),
+}
+RADIUS = {"large": 10.0, "small": 5.5}  # pixels
+KINDS = ("circle", "square", "triangle", "star")
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+NEAR_COLORS = {"red": "orange", "green": "dark green", "blue": "dark blue", "yellow": "gold", "purple": "violet"}
+OTHER_KINDS = {"circle": "ball", "square": "box", "triangle": "pyramid", "star": "5 pointed star"}
+
+
+class Shapes(Part):
+    """What data_prep/shapes.py takes."""
+
+    out: str = Field("", description="store or folder that the corpus is written below; empty = the site's store")
+    seed: int = Field(0, ge=0, description="of everything drawn")
+    documents: Positive = Field(1500, description="interleaved training documents")
+    pairs: Positive = Field(4000, description="training pairs of image and caption")
+    heldout: Positive = Field(200, description="held-out scenes, each with five captions and its questions")
+
+
+# ---------------------------------------------------------------- scenes
+
+
+@dataclass(frozen=True)
+class Thing:
+    size: str
+    color: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.color} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One thing, two beside or above each other, or three in a row; ordered from the left or from the top."""
+
+    things: tuple[Thing, ...]
+    vertical: bool = False
+
+    @property
+    def caption(self) -> str:
+        """The canonical caption. Two scenes with the same one are the same scene."""
+        first, *rest = (str(thing) for thing in self.things)
+        if not rest:
+            return first
+        if len(rest) == 1:
+            return f"{first} {'above' if self.vertical else 'to the left of'} {rest[0]}"
+        return f"{first}, {rest[0]} and {rest[1]}"
+
+    @property
+    def references(self) -> list[str]:
+        """Five captions as five people might write them, the canonical one first."""
+        things = self.things
+        first, *rest = (str(thing) for thing in things)
+        colored = [f"{thing.color} {thing.kind}" for thing in things]
+        plain = [f"a {thing.kind} that is {thing.color} and {thing.size}" for thing in things]
+        if not rest:
+            return [
+                first,
+                f"there is {first}",
+                plain[0],
+                f"one {colored[0]}",
+                f"the {things[0].kind} is {things[0].color}",
+            ]
+        relation, inverse = ("above", "below") if self.vertical else ("to the left of", "to the right of")
+        if len(rest) == 1:
+            return [
+                self.caption,
+                f"{rest[0]} {inverse} {first}",
+                f"{plain[0]} and {plain[1]}",
+                f"the {colored[0]} is {relation} the {colored[1]}",
+                f"two shapes, one {colored[0]} and one {colored[1]}",
+            ]
+        return [
+            self.caption,
+            f"there are three shapes: {self.caption}",
+            f"{plain[0]}, {plain[1]} and {plain[2]}",
+            f"the {colored[1]} is between the {colored[0]} and the {colored[2]}",
+            f"three shapes in a row, {colored[0]}, {colored[1]}, {colored[2]}",
+        ]
+
+    @property
+    def held_out(self) -> bool:
+        """A tenth of all scenes, whatever the seed: no held-out description is ever trained on."""
+        return hashlib.sha256(self.caption.encode()).digest()[0] < 26
+
+
+def draw_scene(random: Random, held_out: bool) -> Scene:
+    while True:
+        count = random.choices((1, 2, 3), weights=(4, 13, 3))[0]
+        things = tuple(
+            Thing(random.choice(list(RADIUS)), random.choice(list(COLORS)), random.choice(KINDS)) for _ in range(count)
+        )
+        scene = Scene(things, vertical=count == 2 and random.random() < 0.5)
+        if scene.held_out == held_out:
+            return scene
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def centres(scene: Scene, random: Random) -> list[tuple[float, float]]:
+    """(x, y) of each thing in pixels: well apart along the scene's axis, nearly level across it."""
+    if len(scene.things) == 1:
+        return [(random.uniform(13, 51), random.uniform(13, 51))]
+    if len(scene.things) == 3:
+        level = random.uniform(14, 50)
+        return [(x + random.uniform(-0.5, 0.5), level + random.uniform(-3, 3)) for x in (11, 32, 53)]
+    level = random.uniform(16, 48)
+    points = [(random.uniform(low, low + 9), level + random.uniform(-4, 4)) for low in (12, 43)]
+    return [(y, x) for x, y in points] if scene.vertical else points
+
+
+def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    """Corners of a polygon around (x, y), the first one straight up (a square's are diagonal)."""
+    if kind == "star":
+        corners = [(36 * step, radius * (1.15 if step % 2 == 0 else 0.5)) for step in range(10)]
+    elif kind == "square":
+        corners = [(45 + 90 * step, radius * 1.25) for step in range(4)]
+    else:
+        corners = [(120 * step, radius * 1.2) for step in range(3)]
+    return [(x + r * math.sin(math.radians(angle)), y - r * math.cos(math.radians(angle))) for angle, r in corners]
+
+
+def render(scene: Scene, random: Random) -> bytes:
+    """The scene as a PNG; places, shades and the background vary."""
+    paper = random.randint(225, 250)
+    picture = Picture.new("RGB", (PIXELS * OVERSAMPLE, PIXELS * OVERSAMPLE), (paper, paper, paper))
+    canvas = ImageDraw.Draw(picture)
+    for thing, (x, y) in zip(scene.things, centres(scene, random), strict=True):
+        radius = RADIUS[thing.size] * random.uniform(0.92, 1.0) * OVERSAMPLE
+        fill = tuple(max(0, min(255, value + random.randint(-12, 12))) for value in COLORS[thing.color])
+        x, y = x * OVERSAMPLE, y * OVERSAMPLE
+        if thing.kind == "circle":
+            canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        else:
+            canvas.polygon(outline(thing.kind, x, y, radius), fill=fill)
+    file = io.BytesIO()
+    picture.reduce(OVERSAMPLE).save(file, "PNG")
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------- samples
+
+
+def facts(scene: Scene) -> dict[str, object]:
+    return {"things": [asdict(thing) for thing in scene.things], "vertical": scene.vertical}
+
+
+def pair(seed: int, number: int) -> Sample:
+    """An image with its caption: mostly the canonical one, sometimes another."""
+    random = Random(f"{seed}/pair/{number}")
+    scene = draw_scene(random, held_out=False)
+    caption = scene.caption if random.random() < 0.8 else random.choice(scene.references[1:])
+    return Sample(f"pair{number:06d}", (Image(render(scene, random)), Text(caption)), {"scene": facts(scene)})
+
+
+def held_out_scene(seed: int, number: int) -> Scene:
+    return draw_scene(Random(f"{seed}/heldout/{number}"), held_out=True)
+
+
+def held_out_pair(seed: int, number: int) -> Sample:
+    scene = held_out_scene(seed, number)
+    picture = Image(render(scene, Random(f"{seed}/heldout/{number}/picture")))
+    metadata = {"scene": facts(scene), "references": scene.references}
+    return Sample(f"heldout{number:06d}", (picture, Text(scene.caption)), metadata)
+
+
+def document(seed: int, number: int) -> Sample:
+    """A page of two to four pictures, each before its sentence, sometimes with words around them."""
+    random = Random(f"{seed}/document/{number}")
+    scenes = [draw_scene(random, held_out=False) for _ in range(random.randint(2, 4))]
+    parts: list[Image | Text] = []
+    if random.random() < 0.6:
+        parts.append(Text(f"Here are {NUMBERS[len(scenes)]} pictures of shapes."))
+    for scene in scenes:
+        parts += [Image(render(scene, random)), Text(f"{scene.caption}.")]
+    if random.random() < 0.3:
+        parts.append(Text(f"The last picture shows {NUMBERS[len(scenes[-1].things)]} of them."))
+    return Sample(f"document{number:06d}", tuple(parts), {"scenes": [facts(scene) for scene in scenes]})
+
+
+# ---------------------------------------------------------------- questions
+
+
+def questions_about(scene: Scene) -> Iterator[tuple[str, str, str, str]]:
+    """(question type, question, usual answer, another answer that a human might give)."""
+    count = len(scene.things)
+    yield "how many", "how many shapes are there?", str(count), NUMBERS[count]
+    kinds = Counter(thing.kind for thing in scene.things)
+    colors = Counter(thing.color for thing in scene.things)
+    for thing in scene.things:
+        if kinds[thing.kind] == 1:
+            yield "what color is the", f"what color is the {thing.kind}?", thing.color, NEAR_COLORS[thing.color]
+        if colors[thing.color] == 1:
+            yield "what shape is", f"what shape is {thing.color}?", thing.kind, OTHER_KINDS[thing.kind]
+    if count == 2 and scene.things[0] != scene.things[1]:
+        first, second = scene.things
+        relation, inverse = ("above", "below") if scene.vertical else ("to the left of", "to the right of")
+        answer = f"{first.color} {first.kind}"
+        yield "what is", f"what is {relation} the {second.size} {second.color} {second.kind}?", answer, first.kind
+        if kinds[first.kind] == 1:
+            yield "is the", f"is the {first.kind} {relation} the {second.kind}?", "yes", "no"
+            yield "is the", f"is the {first.kind} {inverse} the {second.kind}?", "no", "yes"
+
+
+def human_answers(random: Random, usual: str, other: str) -> list[dict[str, object]]:
+    """Ten answers; as many as three people say something else."""
+    others = random.choices((0, 1, 2, 3), weights=(6, 2, 1, 1))[0]
+    words = [usual] * (10 - others) + [other] * others
+    random.shuffle(words)
+    return [
+        {"answer": word, "answer_confidence": "yes" if word == usual else "maybe", "answer_id": position + 1}
+        for position, word in enumerate(words)
+    ]
+
+
+def questions(seed: int, heldout: int) -> dict[str, object]:
+    """VQAv2's two lists, index-aligned; image ids are the sample ids of heldout-pairs."""
+    asked: list[dict[str, object]] = []
+    answered: list[dict[str, object]] = []
+    for number in range(heldout):
+        random = Random(f"{seed}/heldout/{number}/answers")
+        for kind, question, usual, other in questions_about(held_out_scene(seed, number)):
+            key = {"question_id": len(asked), "image_id": f"heldout{number:06d}"}
+            asked.append({**key, "question": question})
+            answers = human_answers(random, usual, other)
+            answered.append({**key, "question_type": kind, "answers": answers, "multiple_choice_answer": usual})
+    return {"task_type": "Open-Ended", "data_subtype": "heldout", "questions": asked, "annotations": answered}
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE: lossless on any text, one token per word of this corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, IMAGE_TOKEN, ENDOFCHUNK_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def write_shards(out: str, name: str, samples: Iterator[Sample]) -> tuple[int, list[str]]:
+    """Number of samples, and their texts."""
+    writer = ShardWriter(open_store(in_store(f"shapes/{name}", out)), name, max_bytes=SHARD_BYTES)
+    count, texts = 0, []
+    for sample in samples:
+        writer.add(sample)
+        count += 1
+        texts += [part.text for part in sample.parts if isinstance(part, Text)]
+    writer.close()
+    return count, texts
+
+
+def make_corpus(options: Shapes) -> None:
+    out = options.out or read_site().store
+    seed, texts = options.seed, []
+    for name, make, wanted in (
+        ("train-documents", document, options.documents),
+        ("train-pairs", pair, options.pairs),
+        ("heldout-pairs", held_out_pair, options.heldout),
+    ):
+        count, found = write_shards(out, name, (make(seed, number) for number in range(wanted)))
+        Console().print(f"shapes/{name}: {count} samples", highlight=False)
+        texts += found if name.startswith("train") else []
+    asked = questions(seed, options.heldout)
+    texts += [question["question"] for question in asked["questions"]]  # type: ignore[attr-defined]
+    store = open_store(in_store("shapes", out))
+    store.write("heldout-questions.json", json.dumps(asked, indent=1).encode())
+    store.write("tokenizer.json", train_tokenizer(texts).to_str(pretty=True).encode())
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        make_corpus(with_overrides(Shapes(), parse_arguments(arguments)))
+    except ConfigError as error:
+        print(f"shapes: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

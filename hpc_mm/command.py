@@ -1,0 +1,148 @@
+"""What a job is: one ``accelerate launch`` line on each node, and the sbatch script around it, as text."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from hpc_mm.config import ConfigError, Run, unknown
+
+ROOT = Path(__file__).resolve().parents[1]  # accelerate_configs/ and sbatch/ lie beside the package
+STRATEGIES = ROOT / "accelerate_configs"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One start of a run: its number, and where its files lie below the run's folder."""
+
+    run_folder: Path
+    number: int
+
+    @property
+    def folder(self) -> Path:
+        return self.run_folder / "submissions" / f"{self.number:03d}"
+
+    @property
+    def code(self) -> Path:
+        return self.folder / "code"
+
+    def log(self, node: int | str) -> Path:
+        return self.folder / f"node{node}.log"
+
+
+def strategy_file(strategy: str) -> Path:
+    """The accelerate configuration of a name (a file of accelerate_configs/) or of a path to a user's own."""
+    if strategy.endswith((".yaml", ".yml")):
+        file = Path(strategy).expanduser().resolve()
+        if not file.is_file():
+            raise ConfigError(f"strategy={strategy!r}: there is no such file")
+        return file
+    if not STRATEGIES.is_dir():
+        raise ConfigError(f"no folder {STRATEGIES}: launch from a checkout (pip install -e .)")
+    names = [file.stem for file in STRATEGIES.glob("*.yaml")]
+    if strategy not in names:
+        raise unknown("strategy", strategy, names)
+    return STRATEGIES / f"{strategy}.yaml"
+
+
+def uses_deepspeed(strategy: str) -> bool:
+    """Whether the strategy's file says ``distributed_type: DEEPSPEED``; what is no accelerate file is refused."""
+    file = strategy_file(strategy)
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"strategy={strategy!r}: {file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or "distributed_type" not in values:
+        raise ConfigError(
+            f"strategy={strategy!r}: {file} has no distributed_type, so it is no accelerate configuration"
+        )
+    return bool(values["distributed_type"] == "DEEPSPEED")
+
+
+def accelerate_line(run: Run, run_folder: Path, rank: str, address: str, port: str) -> str:
+    """What one node runs, to be pasted into a shell whose folder is the code snapshot.
+
+    ``rank``, ``address`` and ``port`` may be shell variables; everything else is quoted.
+    """
+    words = [
+        "accelerate launch",
+        f"--config_file {shlex.quote(f'accelerate_configs/{strategy_file(run.strategy).name}')}",
+    ]
+    words.append(f"--num_machines {run.nodes} --num_processes {run.world_size}")
+    words.append(f"--machine_rank {rank} --main_process_ip {address} --main_process_port {port}")
+    words.append(f"--mixed_precision {'bf16' if run.precision == 'bf16' else 'no'}")
+    words.append(f"-m hpc_mm.train {shlex.quote(f'run={run_folder}')}")
+    return " ".join(words)
+
+
+def environment(run: Run, threads: int) -> dict[str, str]:
+    """Variables that the accelerate line needs. ``threads``: CPU threads of each process."""
+    values = {"OMP_NUM_THREADS": str(max(threads, 1))}
+    if run.gpus_per_node == 0:
+        values["CUDA_VISIBLE_DEVICES"] = ""
+        # accelerate starts DeepSpeed only where it is not told to use the CPU; DeepSpeed has a variable of its own.
+        values.update({"DS_ACCELERATOR": "cpu"} if uses_deepspeed(run.strategy) else {"ACCELERATE_USE_CPU": "true"})
+    return values
+
+
+# What the launcher says itself; slurm.extra may not say it again.
+OURS = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "partition"}
+OURS |= {"account", "qos", "constraint", "exclude", "output", "open-mode"}
+
+
+def directives(run: Run, submission: Submission) -> dict[str, str]:
+    """The ``#SBATCH`` lines of a run; an empty value is a directive without one."""
+    slurm = run.slurm
+    values = {"job-name": run.name, "nodes": str(run.nodes), "ntasks-per-node": "1"}
+    if run.gpus_per_node:
+        values["gpus-per-node"] = str(run.gpus_per_node)
+    values["cpus-per-task"] = str(slurm.cpus_per_task)
+    optional = {"mem": slurm.memory, "time": slurm.time, "partition": slurm.partition, "account": slurm.account}
+    optional |= {"qos": slurm.qos, "constraint": slurm.constraint, "exclude": slurm.exclude}
+    values |= {name: value for name, value in optional.items() if value}
+    values["output"] = str(submission.folder / "job-%j.log")
+    values["open-mode"] = "append"  # a requeued job writes on
+    for name, value in slurm.extra.items():
+        if name in OURS:
+            raise ConfigError(f"slurm.extra.{name}={value!r}: the launcher sets --{name} itself, from its own key")
+        if not name.replace("-", "").isalnum():
+            raise ConfigError(f"slurm.extra.{name}: {name!r} is not the name of an sbatch directive")
+        values[name] = value
+    for name, value in values.items():
+        if "\n" in value:
+            raise ConfigError(f"--{name}={value!r}: a line break cannot stand in an sbatch directive")
+    return values
+
+
+def sbatch_script(run: Run, submission: Submission) -> str:
+    """The whole batch script of a run, as it is submitted and as it is kept in the run's folder."""
+    header = [
+        f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
+        for name, value in directives(run, submission).items()
+    ]
+    setup = ["set -eo pipefail", f"cd {shlex.quote(str(submission.code))}  # the code as it was at submission"]
+    setup.append("export PYTHONPATH=$PWD")
+    if not run.slurm.container:
+        setup.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
+    threads = run.slurm.cpus_per_task // run.processes_per_node
+    setup += [f"export {name}={shlex.quote(value)}" for name, value in environment(run, threads).items()]
+    setup.append("source sbatch/env.sh  # MASTER_ADDR, MASTER_PORT, SRUN_CPUS_PER_TASK, and what the site needs")
+    line = accelerate_line(run, submission.run_folder, "$SLURM_NODEID", "$MASTER_ADDR", "$MASTER_PORT")
+    step = " ".join(["srun", *_srun_options(run, submission), "bash", "-c", "\\\n  " + shlex.quote(line)])
+    comment = "# One accelerate per node starts that node's processes; when one node fails, all of them end."
+    return "\n".join(["#!/bin/bash", *header, "", *setup, "", comment, step, ""])
+
+
+def _srun_options(run: Run, submission: Submission) -> list[str]:
+    options = ["--kill-on-bad-exit=1", "--wait=60"]  # seconds that the others get after the first has ended
+    options += [f"--output={shlex.quote(str(submission.log('%n')))}", "--open-mode=append"]
+    if run.slurm.container:
+        runs = submission.run_folder.parent
+        options.append(f"--container-image={shlex.quote(run.slurm.container)}")
+        options.append(f"--container-mounts={shlex.quote(f'{runs}:{runs}')}")
+        options.append(f"--container-workdir={shlex.quote(str(submission.code))}")
+    return options

@@ -1,0 +1,421 @@
+"""A run and its parts: every value that a user can set, with its unit, its default and its rules.
+
+This module imports nothing of ours and never torch, so that a login node waits for nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+IMAGE_TOKEN = "<image>"
+ENDOFCHUNK_TOKEN = "<|endofchunk|>"
+PAD_TOKEN = "<PAD>"
+STORE_PREFIX = "store:"  # marks a file that lies in the site's store
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(Exception):
+    """A user's mistake, told in one line: what is wrong, the value, what would be right."""
+
+
+class Part(BaseModel):
+    """One group of values. An unknown name is an error; a finished part never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
+
+
+# ---------------------------------------------------------------- the model
+
+
+class Vision(Part):
+    name: str = Field("ViT-L-14-quickgelu", description="open_clip model, or local-dir:FOLDER, or hf-hub:ID")
+    pretrained: str = Field("openai", description="open_clip weights tag or file; empty = random weights")
+    architecture: dict[str, Any] = Field(
+        {}, description="open_clip vision_cfg of a random tower of your own, in place of name and pretrained"
+    )
+    tokens: Literal["before_ln_post", "after_ln_post"] = Field(
+        "before_ln_post", description="patch tokens taken before (released OpenFlamingo weights) or after the last norm"
+    )
+
+
+class Language(Part):
+    name: str = Field("", description="transformers hub id or folder of a causal language model")
+    tokenizer: str = Field(
+        "", description="hub id, folder, tokenizer.json, or store:PATH of a tokenizer.json; empty = name"
+    )
+    architecture: dict[str, Any] = Field(
+        {}, description="transformers config (with model_type) of a random model of your own, in place of name"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model (MPT-1B needs it)")
+
+
+TrainablePart = Literal["vision", "language", "resampler", "cross_attention", "new_tokens"]
+
+
+class Flamingo(Part):
+    """OpenFlamingo's architecture (arXiv 2308.01390)."""
+
+    family: Literal["flamingo"] = "flamingo"
+    vision: Vision = Vision()
+    language: Language = Language()
+    cross_attn_every_n_layers: Positive = Field(1, description="a gated cross-attention block before every n-th layer")
+    resampler_depth: Positive = Field(6, description="layers of the perceiver resampler")
+    resampler_latents: Positive = Field(64, description="latents that stand for one image")
+    trainable: tuple[TrainablePart, ...] = Field(
+        ("resampler", "cross_attention", "new_tokens"), description="parts that learn; the others are frozen"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
+    compile: bool = Field(False, description="torch.compile the vision tower and the decoder layers")
+
+
+# ---------------------------------------------------------------- data
+
+
+class Source(Part):
+    """A stream of samples with its share of each optimizer step."""
+
+    data: str = Field(description="folder of shards: an address, or a name inside the site's store")
+    form: Literal["interleaved", "pairs"] = Field(description="documents of text and images, or image-caption pairs")
+    batch: Positive = Field(description="samples per optimizer step, over all ranks")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="multiplier of this source's loss")
+    max_tokens: Positive = Field(description="tokens per sample; what is longer is cut on the right")
+    max_images: Positive = Field(6, description="images per sample; further ones are left out")
+    min_images: int = Field(1, ge=0, description="a document with fewer images that survive cutting is left out")
+    drop_single_image: Probability = Field(0.0, description="probability of leaving out a document with one image")
+    min_similarity: float | None = Field(None, description="leave out images whose similarity to their text is lower")
+    flip: Probability = Field(0.0, description="probability of mirroring an image (it mirrors text in the image too)")
+    shuffle_shards: Positive = Field(16, description="shards whose samples are shuffled together")
+    max_unreadable: Probability = Field(0.01, description="share of unreadable samples above which the run stops")
+
+
+class Loader(Part):
+    workers: int = Field(4, ge=0, description="reading processes per rank; 0 = read in the training process")
+    prefetch: Positive = Field(4, description="micro-batches that each worker reads ahead")
+    reads: Positive = Field(16, description="ranged reads in flight per worker")
+    cache: str = Field("", description="node-local folder that keeps samples that were read; empty = none")
+    cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="size limit of the cache folder, GB")
+
+
+# ---------------------------------------------------------------- training
+
+
+class Train(Part):
+    steps: Positive = Field(description="optimizer steps")
+    accumulate: Positive = Field(1, description="micro-steps per optimizer step; batches are divided by it")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    warmup: int = Field(1875, ge=0, description="optimizer steps of linear warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates")
+    epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="on matrices of cross-attention and of trained towers; elsewhere 0"
+    )
+    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="global gradient norm")
+    seed: int = Field(42, ge=0, description="of weights, data order and everything drawn")
+    log_every: Positive = Field(10, description="optimizer steps between lines of metrics.jsonl")
+    save_every: Positive = Field(1000, description="optimizer steps between checkpoints")
+    keep: Positive = Field(2, description="newest checkpoints that are kept")
+    max_nonfinite: int = Field(20, ge=0, description="skipped steps with a non-finite loss before the run stops")
+
+
+class Tracking(Part):
+    wandb: Literal["online", "offline", "off"] = Field("off", description="Weights & Biases beside metrics.jsonl")
+    project: str = Field("hpc_mm", description="wandb project")
+    entity: str = Field("", description="wandb team or user")
+
+
+# ---------------------------------------------------------------- the cluster
+
+SLURM_TIME = r"^(\d+|\d+:\d{1,2}|\d+:\d{1,2}:\d{1,2}|\d+-\d{1,2}(:\d{1,2}){0,2})$"
+
+
+class Slurm(Part):
+    """What sbatch is told. Empty = the cluster's own default."""
+
+    partition: str = Field("", description="--partition")
+    account: str = Field("", description="--account")
+    qos: str = Field("", description="--qos")
+    constraint: str = Field("", description="--constraint")
+    exclude: str = Field("", description="--exclude, a node list")
+    time: str = Field("1-00:00:00", pattern=SLURM_TIME, description="--time: minutes, H:M:S or D-H:M:S")
+    cpus_per_task: Positive = Field(8, description="cores per node's task (all of a node's processes share them)")
+    memory: str = Field("", pattern=r"^(\d+[KMGT]?)?$", description="--mem per node, such as 400G; 0 = all of it")
+    container: str = Field("", description="image that enroot/pyxis runs the job in (srun --container-image)")
+    extra: dict[str, str] = Field({}, description="further sbatch directives: slurm.extra.reservation=maintenance")
+
+
+class Run(Part):
+    """Everything that decides a training run. Frozen as run.json in its folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder below HPC_MM_RUNS")
+    model: Flamingo = Field(description="architecture")
+    sources: dict[str, Source] = Field(min_length=1, description="what is trained on, by name")
+    train: Train = Field(description="optimizer, schedule, seed, checkpoints")
+    loader: Loader = Field(Loader(), description="reading")
+    tracking: Tracking = Field(Tracking(), description="wandb")
+    strategy: str = Field("zero2", description="a file of accelerate_configs/, or a path to your own .yaml")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of activations; master weights are fp32")
+    nodes: Positive = Field(1, description="machines")
+    gpus_per_node: int = Field(8, ge=0, description="GPUs, and so processes, per node; 0 = one CPU process per node")
+    slurm: Slurm = Field(Slurm(), description="what sbatch is told")
+
+    @property
+    def processes_per_node(self) -> int:
+        return max(self.gpus_per_node, 1)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes_per_node
+
+    @model_validator(mode="after")
+    def batches_divide(self) -> Run:
+        share = self.world_size * self.train.accumulate
+        for name, source in self.sources.items():
+            if source.batch % share:
+                below, above = source.batch // share * share, (source.batch // share + 1) * share
+                nearest = f"{below} or {above}" if below else f"{above}"
+                raise ValueError(
+                    f"sources.{name}.batch={source.batch} cannot be divided over {self.nodes} nodes x "
+                    f"{self.processes_per_node} processes x {self.train.accumulate} micro-steps: {nearest} can"
+                )
+        return self
+
+    @field_validator("sources")
+    @classmethod
+    def names_are_plain(cls, sources: dict[str, Source]) -> dict[str, Source]:
+        for name in sources:
+            if not re.fullmatch(r"[a-z0-9_]+", name):
+                raise ValueError(f"source name {name!r} must be lower-case letters, digits and _")
+        return sources
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """The picture a vision tower wants: size x size pixels, (value - mean) / std per RGB channel, values in [0, 1]."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+# ---------------------------------------------------------------- key=value
+
+
+def parse_arguments(arguments: Iterable[str]) -> dict[str, str]:
+    """Split ``key=value`` words. The same key twice, or a word without ``=``, is an error."""
+    values: dict[str, str] = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word!r} is not key=value (nested keys take dots: train.steps=100)")
+        if key in values:
+            raise ConfigError(f"{key} is given twice: {values[key]!r} and {value!r}")
+        values[key] = value
+    return values
+
+
+def unknown(kind: str, name: str, legal: Iterable[str]) -> ConfigError:
+    """The answer to a word that we do not know: the nearest legal one, and all of them."""
+    names = sorted(legal)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return ConfigError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")
+
+
+def with_overrides(part: Part, overrides: Mapping[str, str]) -> Any:
+    """A copy of ``part`` with dotted keys replaced and everything validated again."""
+    values = part.model_dump()
+    for key, text in overrides.items():
+        _set(type(part), values, key, text)
+    return validated(type(part), values)
+
+
+def _set(kind: type[Part], values: dict[str, Any], key: str, text: str) -> None:
+    """Walk ``key`` down the parts to its field, and put ``text`` there."""
+    here, annotation = values, kind
+    words = key.split(".")
+    for depth, word in enumerate(words):
+        legal = _names(annotation, here)
+        if legal is not None and word not in legal:
+            start = ".".join(words[:depth])
+            raise unknown("key", key, [f"{start}.{name}" if start else name for name in legal])
+        annotation = _child(annotation, word)
+        if depth == len(words) - 1:
+            break
+        if not isinstance(here.get(word), dict):
+            raise ConfigError(f"{key}: {'.'.join(words[: depth + 1])} has no parts")
+        here = here[word]
+    if _is_part(annotation):
+        inside = ", ".join(f"{key}.{name}" for name in _names(annotation, here.get(words[-1], {})) or [])
+        raise ConfigError(f"{key} is a group; set one of its values: {inside}")
+    here[words[-1]] = _value(annotation, text)
+
+
+def _is_part(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Part)
+
+
+def _names(annotation: Any, values: Mapping[str, Any]) -> list[str] | None:
+    """Legal keys below a field; None where any key may be added (free dictionaries)."""
+    if _is_part(annotation):
+        return list(annotation.model_fields)
+    if get_origin(annotation) is dict and _is_part(get_args(annotation)[1]):
+        return list(values)
+    return None
+
+
+def _child(annotation: Any, word: str) -> Any:
+    if _is_part(annotation):
+        return annotation.model_fields[word].annotation
+    if get_origin(annotation) is dict:
+        return get_args(annotation)[1]
+    return Any
+
+
+def _value(annotation: Any, text: str) -> Any:
+    """Text as pydantic wants it: JSON for groups and for null, commas for lists, else the text as it is."""
+    if annotation is str:
+        return text
+    if get_origin(annotation) in (tuple, list) and not text.startswith("["):
+        return [word for word in text.split(",") if word]
+    if annotation is Any or text.startswith(("{", "[")) or text in ("null", "none"):
+        try:
+            return json.loads("null" if text == "none" else text)
+        except json.JSONDecodeError:
+            return text
+    return text
+
+
+def validated(kind: type[Part], values: Mapping[str, Any]) -> Any:
+    """Build ``kind``; pydantic's report becomes one line."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(one_line(error, kind)) from None
+
+
+def one_line(error: ValidationError, kind: type[Part]) -> str:
+    problems = []
+    for found in error.errors(include_url=False):
+        key = ".".join(str(word) for word in found["loc"])
+        message = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "extra_forbidden":
+            problems.append(f"unknown key {key!r}")
+        elif found["type"] == "missing":
+            problems.append(f"{key} is missing")
+        elif not key:
+            problems.append(message)
+        else:
+            problems.append(f"{key}={found['input']!r}: {message[0].lower()}{message[1:]}")
+    return "; ".join(problems)
+
+
+def differences(old: Part, new: Part) -> list[str]:
+    """What differs, a line each: ``train.steps: 100 -> 200``."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flat(values: Any, start: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict) or not values:
+        return {start: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{start}.{key}" if start else str(key)))
+    return flat
+
+
+def read_run(path: str | Path) -> Run:
+    """The frozen run of ``run.json`` (or of the folder that holds it)."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "run.json"
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise ConfigError(f"no run at {path}: {error.strerror} ({file})") from None
+    try:
+        return Run.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {one_line(error, Run)}") from None
+
+
+# ---------------------------------------------------------------- the site
+
+
+class Site(Part):
+    """What is true of this cluster and user, said once: a TOML file, or the environment, which wins."""
+
+    store: str = Field("data", description="where corpora lie: s3://bucket/prefix or a folder (HPC_MM_STORE)")
+    runs: str = Field("runs", description="where run folders lie, seen by every node (HPC_MM_RUNS)")
+    slurm: dict[str, Any] = Field({}, description="any value of the slurm part: partition, account, ...")
+
+
+SITE_FILE = "~/.config/hpc_mm.toml"  # HPC_MM_SITE names another
+
+# Slurm's own variables. They stand above what a script says, so they stand above a recipe here too.
+SBATCH_VARIABLES = {
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_QOS": "qos",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_TIMELIMIT": "time",
+    "SBATCH_MEM_PER_NODE": "memory",
+}
+
+
+def read_site(environment: Mapping[str, str] = os.environ) -> Site:
+    """The site file (if there is one) under the environment's values."""
+    named = environment.get("HPC_MM_SITE", "")
+    path = Path(named or SITE_FILE).expanduser()
+    values: dict[str, Any] = {}
+    if named or path.exists():
+        try:
+            values = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"site file {path}: {error}") from None
+    slurm = dict(values.get("slurm", {}))
+    for name in slurm:
+        if name not in Slurm.model_fields:
+            raise unknown(f"key in [slurm] of {path}", name, Slurm.model_fields)
+    slurm.update({key: environment[name] for name, key in SBATCH_VARIABLES.items() if environment.get(name)})
+    for key, name in (("store", "HPC_MM_STORE"), ("runs", "HPC_MM_RUNS")):
+        if environment.get(name):
+            values[key] = environment[name]
+    return validated(Site, {**values, "slurm": slurm})  # type: ignore[no-any-return]
+
+
+def at_site(run: Run, site: Site) -> Run:
+    """The run with the site's Slurm values, and every name in the store as a whole address."""
+    values = run.model_dump()
+    values["slurm"].update(site.slurm)
+    for source in values["sources"].values():
+        source["data"] = in_store(source["data"], site.store)
+    tokenizer = values["model"]["language"]["tokenizer"]
+    if tokenizer.startswith(STORE_PREFIX):
+        values["model"]["language"]["tokenizer"] = in_store(tokenizer.removeprefix(STORE_PREFIX), site.store)
+    return validated(Run, values)  # type: ignore[no-any-return]
+
+
+def in_store(address: str, store: str) -> str:
+    """``omnicorpus`` -> ``STORE/omnicorpus``; whole addresses and absolute paths stay as they are."""
+    if "://" in address or address.startswith("/"):
+        return address
+    root = store if "://" in store else str(Path(store).expanduser().resolve())
+    return f"{root.rstrip('/')}/{address}"

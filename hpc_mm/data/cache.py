@@ -1,0 +1,66 @@
+"""A node-local folder that keeps what was read from a store, up to a size; several processes may share it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_mm.data.store import PARTIAL, Store
+
+logger = logging.getLogger(__name__)
+
+DRAWERS = 256  # folders, each with its share of the limit, so that making room looks at few files
+
+
+@dataclass(frozen=True)
+class ReadCache:
+    """Ranged reads through a folder. A file is written aside and moved, so that a reader never sees half of one."""
+
+    folder: Path
+    limit: int  # bytes; no drawer holds more than its share of it, so a larger value is never kept
+
+    def read(self, store: Store, key: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of ``key``, from the folder if they are there."""
+        name = hashlib.sha256(f"{store.address}\0{key}\0{start}\0{end}".encode()).hexdigest()
+        drawer = self.folder / f"{int(name[:8], 16) % DRAWERS:03d}"
+        try:
+            data = (drawer / name).read_bytes()
+        except FileNotFoundError:
+            data = b""
+        if len(data) == end - start:
+            return data
+        data = store.read(key, start, end)
+        if len(data) <= self.limit // DRAWERS:
+            self._keep(drawer, name, data)
+        return data
+
+    def _keep(self, drawer: Path, name: str, data: bytes) -> None:
+        part = drawer / f".{uuid.uuid4().hex}{PARTIAL}"
+        try:
+            drawer.mkdir(parents=True, exist_ok=True)
+            self._make_room(drawer, len(data))
+            part.write_bytes(data)
+            os.replace(part, drawer / name)
+        except OSError as error:  # a full or broken local disk costs speed, never data
+            part.unlink(missing_ok=True)
+            logger.warning("the cache in %s keeps nothing: %s", self.folder, error)
+
+    def _make_room(self, drawer: Path, size: int) -> None:
+        """Delete the oldest files until ``size`` more bytes fit. Another process may be doing the same."""
+        found = []
+        for entry in os.scandir(drawer):
+            try:
+                facts = entry.stat()
+            except FileNotFoundError:
+                continue
+            found.append((facts.st_mtime_ns, facts.st_size, entry.path))
+        total = sum(length for _, length, _ in found) + size
+        for _, length, path in sorted(found):
+            if total <= self.limit // DRAWERS:
+                return
+            Path(path).unlink(missing_ok=True)
+            total -= length

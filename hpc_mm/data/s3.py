@@ -1,0 +1,209 @@
+"""A store in an S3 bucket (Ceph, AWS, MinIO) by boto3, with deadlines and retries of our own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import boto3
+from boto3.exceptions import Boto3Error, S3UploadFailedError
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+from urllib3.exceptions import HTTPError
+
+from hpc_mm.config import ConfigError
+from hpc_mm.data.store import Entry, MissingKey, StoreError, checked, checked_range, written_aside
+
+T = TypeVar("T")
+
+FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds; the upper ends of the first and of the longest random wait
+CONNECT_TIMEOUT, SILENCE_TIMEOUT = 5, 15  # seconds; for a connection, and between two pieces of an answer
+CONNECTIONS = 64  # per process and store
+PIECE = 16 * 1024  # bytes between two looks at the clock
+
+USER_CODES = {
+    "NoSuchBucket": "the bucket does not exist",
+    "InvalidBucketName": "the bucket's name is not valid",
+    "AccessDenied": "access is denied to these credentials",
+    "403": "access is denied to these credentials",
+    "InvalidAccessKeyId": "the access key is unknown there (AWS_ACCESS_KEY_ID)",
+    "SignatureDoesNotMatch": "the secret key is wrong (AWS_SECRET_ACCESS_KEY)",
+    "ExpiredToken": "the credentials have expired",
+}
+ABSENT_CODES = {"NoSuchKey", "404", "NotFound"}
+RETRIED_CODES = {"SlowDown", "Throttling", "RequestTimeout", "TooManyRequests", "429"}
+
+
+class S3Store:
+    """A bucket below a prefix. One boto3 client per process, made after any fork; safe with threads."""
+
+    def __init__(self, bucket: str, prefix: str, deadline: float) -> None:
+        self.bucket, self.prefix, self.deadline = bucket, prefix, deadline
+        self.address = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._clients: dict[int, Any] = {}  # by process id: sockets must not be shared across a fork
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_clients": {}}
+
+    def _client(self) -> Any:
+        client = self._clients.get(os.getpid())
+        return client or self._clients.setdefault(os.getpid(), new_client(self.address, self.deadline))
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{checked(key)}" if self.prefix else checked(key)
+
+    def _call(self, what: str, action: Callable[[Any, float], T]) -> T:
+        """``action(client, end)`` with retries: exponential backoff, full jitter, ``end`` on the monotonic clock."""
+        end = time.monotonic() + self.deadline
+        for attempt in itertools.count():
+            try:
+                return action(self._client(), end)
+            except (BotoCoreError, ClientError, Boto3Error, HTTPError, OSError) as error:
+                self._judge(what, error)
+                wait = random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**attempt))
+                if time.monotonic() + wait >= end:
+                    self._give_up(what, error)
+            time.sleep(wait)
+        raise AssertionError("count() does not end")
+
+    def _judge(self, what: str, error: Exception) -> None:
+        """Raise what no retry can help; return for what one may."""
+        if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError | ProfileNotFound):
+            raise ConfigError(
+                f"{self.address}: no usable credentials ({_line(error)}); "
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            ) from None
+        if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, ClientError):
+            error = error.__context__
+        if not isinstance(error, ClientError):
+            return
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        if code in USER_CODES:
+            raise ConfigError(f"{self.address}: {USER_CODES[code]} ({what})") from None
+        if code in ABSENT_CODES:
+            raise MissingKey(f"{what}: not in {self.address}") from None
+        if code not in RETRIED_CODES and 400 <= status < 500:
+            raise StoreError(f"{what} in {self.address}: {_line(error)}") from error
+
+    def _give_up(self, what: str, error: Exception) -> NoReturn:
+        if isinstance(error, EndpointConnectionError | ConnectTimeoutError):
+            raise ConfigError(
+                f"{self.address}: nothing answers at {self._client().meta.endpoint_url} within {self.deadline:g} s; "
+                "AWS_ENDPOINT_URL names the endpoint"
+            ) from None
+        raise StoreError(f"{what} in {self.address}: failed for {self.deadline:g} s: {_line(error)}") from error
+
+    def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        first, end = checked_range(key, start, end)
+        if end == first:
+            return b""
+        name, span = self._key(key), {} if not first and end is None else {"Range": f"bytes={first}-{_last(end)}"}
+        data = self._call(key, lambda client, limit: self._get(client, name, span, limit))
+        if end is not None and len(data) < end - first:
+            raise StoreError(f"{key} in {self.address} ends before byte {end}")
+        return data
+
+    def _get(self, client: Any, name: str, span: dict[str, str], limit: float) -> bytes:
+        """One GET. An answer shorter than the server announced is an error that is retried."""
+        answer = client.get_object(Bucket=self.bucket, Key=name, **span)
+        pieces = []
+        with answer["Body"] as body:
+            while piece := body.read(PIECE):
+                pieces.append(piece)
+                if time.monotonic() > limit:
+                    raise TimeoutError(f"{sum(map(len, pieces))} of {answer['ContentLength']} bytes came in time")
+        data = b"".join(pieces)
+        if len(data) != answer["ContentLength"]:
+            raise OSError(f"{len(data)} of {answer['ContentLength']} bytes came")
+        return data
+
+    def write(self, key: str, data: bytes) -> None:
+        name = self._key(key)
+        self._call(key, lambda client, _: client.put_object(Bucket=self.bucket, Key=name, Body=data))
+
+    def upload(self, key: str, path: Path) -> None:
+        name = self._key(key)
+        self._call(key, lambda client, _: client.upload_file(str(path), self.bucket, name))
+
+    def download(self, key: str, path: Path) -> None:
+        name = self._key(key)
+        try:
+            with written_aside(path) as part:
+                self._call(key, lambda client, _: client.download_file(self.bucket, name, str(part)))
+        except MissingKey:
+            self._check_bucket()
+            raise
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        start = f"{self.prefix}/" if self.prefix else ""
+        token: str | None = ""
+        while token is not None:
+            page, token = self._page(start + prefix, token)
+            yield from (Entry(found["Key"].removeprefix(start), found["Size"]) for found in page)
+
+    def _page(self, prefix: str, token: str) -> tuple[Iterator[dict[str, Any]], str | None]:
+        """Up to 1,000 objects, and where the next ones begin. Keys with a last slash only mark folders."""
+        values = {"Bucket": self.bucket, "Prefix": prefix, **({"ContinuationToken": token} if token else {})}
+        page = self._call(f"the list of {prefix or 'all keys'}", lambda client, _: client.list_objects_v2(**values))
+        objects = (found for found in page.get("Contents", []) if not found["Key"].endswith("/"))
+        return objects, page.get("NextContinuationToken")
+
+    def size(self, key: str) -> int | None:
+        name = self._key(key)
+        try:
+            found = self._call(key, lambda client, _: client.head_object(Bucket=self.bucket, Key=name))
+        except MissingKey:
+            self._check_bucket()
+            return None
+        return int(found["ContentLength"])
+
+    def _check_bucket(self) -> None:
+        """Raise ConfigError where the bucket is missing: a HEAD has no body that tells it from a missing key."""
+        try:
+            self._call("the bucket", lambda client, _: client.head_bucket(Bucket=self.bucket))
+        except MissingKey:
+            raise ConfigError(f"{self.address}: {USER_CODES['NoSuchBucket']}") from None
+
+    def delete(self, key: str) -> None:
+        name = self._key(key)
+        self._call(key, lambda client, _: client.delete_object(Bucket=self.bucket, Key=name))
+
+
+def new_client(address: str, deadline: float) -> Any:
+    """A boto3 client that leaves retrying to us and adds no checksum that Ceph does not know."""
+    config = Config(
+        max_pool_connections=CONNECTIONS,
+        connect_timeout=min(CONNECT_TIMEOUT, deadline),
+        read_timeout=min(SILENCE_TIMEOUT, deadline),
+        retries={"total_max_attempts": 1},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"{address}: boto3 makes no client: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _last(end: int | None) -> str:
+    """The inclusive end of an HTTP range."""
+    return "" if end is None else str(end - 1)

@@ -1,0 +1,335 @@
+"""Shards: plain WebDataset tars with an index of their members beside them, so that any sample is one ranged read."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_mm.config import ConfigError
+from hpc_mm.data.cache import ReadCache
+from hpc_mm.data.schema import Image, Part, Sample, Text
+from hpc_mm.data.store import MissingKey, Store, StoreError
+
+MANIFEST = "index.json"  # of a folder of shards: written last, so a folder that has it is whole
+INDEX = ".index.json"  # ends the name of a shard's own index
+SHARD_BYTES = 256 * 2**20  # size at which a shard is closed
+BLOCK = 512  # bytes; a tar's unit
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "avif")
+CAPTION_SUFFIXES = ("txt", "caption")
+
+
+class BrokenShard(Exception):
+    """A tar or an index that is not what it should be; the message names the shard and the byte."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    name: str  # of the tar inside its folder
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a sample: ``suffix`` is its name after the sample's key and a dot; bytes [start, end) of the tar."""
+
+    suffix: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the samples of a shard lie. Arrays, since a worker keeps the indexes of several shards."""
+
+    tar_bytes: int
+    keys: list[str]  # (S,) of the samples
+    first: NDArray[np.int64]  # (S + 1,) sample i has members first[i] to first[i + 1]
+    suffixes: list[str]  # every distinct one
+    suffix: NDArray[np.int64]  # (M,) into suffixes
+    start: NDArray[np.int64]  # (M,) bytes
+    size: NDArray[np.int64]  # (M,) bytes
+
+    def members(self, sample: int) -> list[Member]:
+        return [
+            Member(self.suffixes[self.suffix[i]], int(self.start[i]), int(self.start[i] + self.size[i]))
+            for i in range(self.first[sample], self.first[sample + 1])
+        ]
+
+    def dump(self) -> bytes:
+        values = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()
+        }
+        return json.dumps(values, separators=(",", ":")).encode()
+
+
+def pack_index(size: int, samples: list[tuple[str, list[Member]]]) -> ShardIndex:
+    members = [member for _, found in samples for member in found]
+    suffixes = sorted({member.suffix for member in members})
+    place = {suffix: i for i, suffix in enumerate(suffixes)}
+    return ShardIndex(
+        tar_bytes=size,
+        keys=[key for key, _ in samples],
+        first=np.cumsum([0] + [len(found) for _, found in samples], dtype=np.int64),
+        suffixes=suffixes,
+        suffix=np.array([place[member.suffix] for member in members], dtype=np.int64),
+        start=np.array([member.start for member in members], dtype=np.int64),
+        size=np.array([member.end - member.start for member in members], dtype=np.int64),
+    )
+
+
+def read_index(store: Store, shard: str) -> ShardIndex:
+    """The index beside ``shard``."""
+    try:
+        values = json.loads(store.read(shard + INDEX))
+        arrays = {name: np.array(values[name], dtype=np.int64) for name in ("first", "suffix", "start", "size")}
+        return ShardIndex(values["tar_bytes"], values["keys"], suffixes=values["suffixes"], **arrays)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, MissingKey):
+            raise
+        raise BrokenShard(f"{store.address}/{shard}{INDEX} is no shard index: index the shards again") from error
+
+
+# ---------------------------------------------------------------- the manifest
+
+
+def write_manifest(store: Store, shards: list[ShardInfo]) -> None:
+    """Declare the folder whole."""
+    rows = [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.name)]
+    store.write(MANIFEST, json.dumps(rows, indent=0).encode())
+
+
+def read_manifest(store: Store) -> list[ShardInfo]:
+    """The shards of a folder, by name. ConfigError where there are none, or where preparing them never ended."""
+    try:
+        rows = json.loads(store.read(MANIFEST))
+        shards = [ShardInfo(str(row["name"]), int(row["samples"]), int(row["bytes"])) for row in rows]
+    except MissingKey:
+        raise ConfigError(
+            f"no shards at {store.address}: {MANIFEST} is missing (preparing was not finished; "
+            "foreign tars are indexed by python -m hpc_mm.index shards=ADDRESS)"
+        ) from None
+    except StoreError as error:
+        raise ConfigError(f"{store.address}: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{store.address}/{MANIFEST} is no list of shards: prepare or index them again") from None
+    if not sum(shard.samples for shard in shards):
+        raise ConfigError(f"the shards at {store.address} hold no samples")
+    return shards
+
+
+def check_shards(store: Store) -> list[str]:
+    """What is wrong with a folder of shards, a line each, from its manifest and one listing."""
+    shards = read_manifest(store)
+    sizes = {entry.key: entry.size for entry in store.list()}
+    problems = []
+    for shard in shards:
+        found = sizes.get(shard.name)
+        if found is None:
+            problems.append(f"{store.address}/{shard.name} is missing")
+        elif found != shard.bytes:
+            problems.append(f"{store.address}/{shard.name} has {found} bytes, its index says {shard.bytes}")
+        if shard.name + INDEX not in sizes:
+            problems.append(f"{store.address}/{shard.name}{INDEX} is missing")
+    return problems
+
+
+# ---------------------------------------------------------------- writing
+
+
+def members_of(sample: Sample) -> list[tuple[str, bytes]]:
+    """(suffix, bytes) of the files that stand for a sample, the JSON with its parts first."""
+    parts: list[dict[str, Any]] = []
+    files: list[tuple[str, bytes]] = []
+    for part in sample.parts:
+        if isinstance(part, Text):
+            parts.append({"text": part.text})
+            continue
+        entry: dict[str, Any] = {"facts": part.facts} if part.facts else {}
+        if part.key is not None:
+            entry["image_key"] = part.key
+        if part.data is not None:
+            entry["image"] = f"{len(files)}.{image_suffix(part.data)}"
+            files.append((entry["image"], part.data))
+        parts.append(entry)
+    head = json.dumps({"parts": parts, "metadata": sample.metadata}, ensure_ascii=False, separators=(",", ":"))
+    return [("json", head.encode(errors="replace")), *files]
+
+
+def image_suffix(data: bytes) -> str:
+    """The usual file ending of encoded image bytes, by their first ones; ``jpg`` where they say nothing."""
+    signatures = ((b"\x89PNG", "png"), (b"GIF8", "gif"), (b"\xff\xd8", "jpg"))
+    for start, suffix in signatures:
+        if data.startswith(start):
+            return suffix
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return "avif" if data[4:12] in (b"ftypavif", b"ftypavis") else "jpg"
+
+
+class ShardWriter:
+    """Writes samples into ``NAME-000000.tar``, ``NAME-000001.tar``, ... with their indexes, and then the manifest.
+
+    A shard is built on this machine's disk (TMPDIR) and uploaded whole; it is closed at ``max_bytes``. Sample ids are
+    letters, digits, ``_`` and ``-`` (a tar key ends at its first dot) and differ within a shard.
+    """
+
+    def __init__(self, store: Store, name_prefix: str, max_bytes: int = SHARD_BYTES) -> None:
+        self.store, self.name_prefix, self.max_bytes = store, name_prefix, max_bytes
+        self.shards: list[ShardInfo] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="hpc_mm-shard-")
+        self._tar: tarfile.TarFile | None = None
+        self._samples: list[tuple[str, list[Member]]] = []
+        self._ids: set[str] = set()
+
+    @property
+    def _path(self) -> Path:
+        return Path(self._folder.name, f"{len(self.shards):06d}.tar")
+
+    def add(self, sample: Sample) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", sample.id):
+            raise ValueError(f"sample id {sample.id!r}: only letters, digits, _ and - can stand in a shard")
+        if sample.id in self._ids:
+            raise ValueError(f"sample id {sample.id!r} is in this shard already")
+        if self._tar is None:
+            self._tar = tarfile.open(self._path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115, open between adds
+        members = [self._put(self._tar, sample.id, suffix, data) for suffix, data in members_of(sample)]
+        self._samples.append((sample.id, members))
+        self._ids.add(sample.id)
+        if self._tar.offset >= self.max_bytes:
+            self._flush()
+
+    def _put(self, tar: tarfile.TarFile, key: str, suffix: str, data: bytes) -> Member:
+        info = tarfile.TarInfo(f"{key}.{suffix}")
+        info.size = len(data)
+        info.mode = 0o644
+        tar.addfile(info, io.BytesIO(data))
+        end = tar.offset - -len(data) % BLOCK
+        return Member(suffix, end - len(data), end)
+
+    def _flush(self) -> None:
+        if self._tar is None:
+            return
+        path = self._path
+        self._tar.close()
+        self._tar = None
+        if not self.shards:
+            self.store.delete(MANIFEST)  # from here on the folder is not what an older manifest says
+        index = pack_index(path.stat().st_size, self._samples)
+        name = f"{self.name_prefix}-{len(self.shards):06d}.tar"
+        self.store.upload(name, path)
+        self.store.write(name + INDEX, index.dump())
+        path.unlink()
+        self.shards.append(ShardInfo(name, len(index.keys), index.tar_bytes))
+        self._samples, self._ids = [], set()
+
+    def finish(self) -> list[ShardInfo]:
+        """Upload what is left; all shards of this writer. For one of several writers into a folder."""
+        self._flush()
+        self._folder.cleanup()
+        return self.shards
+
+    def close(self) -> None:
+        """Upload what is left and write the manifest. For the only writer into a folder."""
+        write_manifest(self.store, self.finish())
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._folder.cleanup()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def assemble(key: str, files: dict[str, bytes]) -> Sample:
+    """A sample from its files: ours by the parts in its JSON, a foreign one as an image and its caption."""
+    try:
+        facts = json.loads(files.get("json", b"{}"))
+        if isinstance(facts, dict) and "parts" in facts:
+            return Sample(key, tuple(_part(entry, files) for entry in facts["parts"]), facts["metadata"])
+        image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None)
+        caption = next((files[suffix].decode() for suffix in CAPTION_SUFFIXES if suffix in files), None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenShard(f"sample {key}: {type(error).__name__}: {error}") from error
+    if image is None or caption is None:
+        raise BrokenShard(f"sample {key} has files {sorted(files)}: neither parts nor an image with a caption")
+    return Sample(key, (Image(image), Text(caption)), facts if isinstance(facts, dict) else {})
+
+
+def _part(entry: dict[str, Any], files: dict[str, bytes]) -> Part:
+    if "text" in entry:
+        return Text(entry["text"])
+    data = files[entry["image"]] if "image" in entry else None
+    return Image(data, entry.get("image_key"), entry.get("facts", {}))
+
+
+class ShardReader:
+    """Reads samples of a folder of shards; keeps the last ``indexes`` shard indexes. Safe with threads."""
+
+    def __init__(self, store: Store, indexes: int = 32, cache: ReadCache | None = None) -> None:
+        self.store, self.indexes, self.cache = store, indexes, cache
+        self._found: OrderedDict[str, Future[ShardIndex]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def index(self, shard: str) -> ShardIndex:
+        """Read once even when several threads ask; a failure is forgotten, so that the next one tries again."""
+        with self._lock:
+            future = self._found.get(shard)
+            mine = future is None
+            if future is None:
+                future = self._found[shard] = Future()
+            self._found.move_to_end(shard)
+            while len(self._found) > self.indexes:
+                self._found.popitem(last=False)
+        if mine:
+            try:
+                future.set_result(read_index(self.store, shard))
+            except BaseException as error:
+                with self._lock:
+                    self._found.pop(shard, None)
+                future.set_exception(error)
+        return future.result()
+
+    def read(self, shard: str, sample: int) -> Sample:
+        """One ranged read. MissingKey, StoreError or BrokenShard where the sample cannot be had."""
+        index = self.index(shard)
+        members = index.members(sample)
+        start, end = members[0].start, members[-1].end
+        if self.cache is None:
+            return cut(index.keys[sample], members, self.store.read(shard, start, end))
+        return cut(index.keys[sample], members, self.cache.read(self.store, shard, start, end))
+
+
+def cut(key: str, members: list[Member], data: bytes) -> Sample:
+    """A sample from the bytes between the start of its first member and the end of its last."""
+    start = members[0].start
+    return assemble(key, {member.suffix: data[member.start - start : member.end - start] for member in members})
+
+
+def read_samples(store: Store) -> Iterator[Sample]:
+    """Every sample of a folder of shards in stored order."""
+    reader = ShardReader(store, indexes=1)
+    for shard in read_manifest(store):
+        for sample in range(shard.samples):
+            yield reader.read(shard.name, sample)

@@ -1,0 +1,185 @@
+"""Where bytes lie: an S3 bucket (Ceph, AWS, MinIO) or a folder, with the same verbs for both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from hpc_mm.config import ConfigError
+
+DEADLINE = 60.0  # seconds that one verb may take, with all its retries, before it counts as failed
+PARTIAL = ".partial"  # ends the hidden name of a file that is being written
+
+
+class MissingKey(KeyError):
+    """There is nothing under this key."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class StoreError(Exception):
+    """The store did not give or take whole bytes within the deadline; the message names the key."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    key: str
+    size: int  # bytes
+
+
+class Store(Protocol):
+    """Bytes under keys (relative paths with ``/``).
+
+    Writing is whole or absent: nobody ever reads half of a value. ``read`` gives bytes [start, end) and raises
+    MissingKey or StoreError; every verb raises ConfigError where only the user can help (credentials, bucket, folder).
+    """
+
+    @property
+    def address(self) -> str: ...
+    def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes: ...
+    def write(self, key: str, data: bytes) -> None: ...
+    def upload(self, key: str, path: Path) -> None: ...
+    def download(self, key: str, path: Path) -> None: ...
+    def list(self, prefix: str = "") -> Iterator[Entry]: ...
+    def size(self, key: str) -> int | None: ...
+    def delete(self, key: str) -> None: ...
+
+
+def open_store(address: str, deadline: float = DEADLINE) -> Store:
+    """The store at ``s3://bucket/prefix`` or in a folder. Nothing is contacted before the first verb.
+
+    Endpoint and credentials of s3 come by boto3's own chain (AWS_ENDPOINT_URL, AWS_PROFILE, ~/.aws, ...).
+    ``deadline``: seconds per verb, all retries together.
+    """
+    scheme, found, rest = address.partition("://")
+    if not found:
+        if not address:
+            raise ConfigError("an empty address names no store: give a folder or s3://bucket/prefix")
+        return FolderStore(str(Path(address).expanduser().absolute()))
+    if scheme != "s3":
+        raise ConfigError(f"{address}: stores are folders or s3://bucket/prefix, not {scheme}://")
+    bucket, _, prefix = rest.partition("/")
+    if not bucket:
+        raise ConfigError(f"{address} names no bucket: s3://bucket/prefix")
+    from hpc_mm.data.s3 import S3Store  # boto3 takes longer to import than the rest of a launch
+
+    return S3Store(bucket, prefix.strip("/"), deadline)
+
+
+def checked(key: str) -> str:
+    """The key itself, if it is a plain relative path that cannot leave its store."""
+    if not key or key.startswith("/") or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise ValueError(f"{key!r} is no key: keys are relative paths without empty, '.' or '..' parts")
+    return key
+
+
+def checked_range(key: str, start: int | None, end: int | None) -> tuple[int, int | None]:
+    first = start or 0
+    if first < 0 or (end is not None and end < first):
+        raise ValueError(f"{key}: no bytes from {start} to {end}")
+    return first, end
+
+
+# ---------------------------------------------------------------- a folder
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    address: str  # absolute path
+
+    def _path(self, key: str) -> Path:
+        return Path(self.address, checked(key))
+
+    def _missing(self, key: str) -> NoReturn:
+        if not os.path.isdir(self.address):
+            raise ConfigError(f"no folder {self.address}")
+        raise MissingKey(f"no {key} in {self.address}")
+
+    def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        first, end = checked_range(key, start, end)
+        try:
+            with open(self._path(key), "rb") as file:
+                file.seek(first)
+                data = file.read() if end is None else file.read(end - first)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            self._missing(key)
+        except OSError as error:
+            raise StoreError(f"{key} in {self.address}: {error.strerror}") from error
+        if end is not None and len(data) < end - first:
+            raise StoreError(f"{key} in {self.address} ends before byte {end}")
+        return data
+
+    def write(self, key: str, data: bytes) -> None:
+        with written_aside(self._path(key)) as part:
+            part.write_bytes(data)
+
+    def upload(self, key: str, path: Path) -> None:
+        with written_aside(self._path(key)) as part:
+            shutil.copyfile(path, part)
+
+    def download(self, key: str, path: Path) -> None:
+        try:
+            with written_aside(path) as part:
+                shutil.copyfile(self._path(key), part)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            self._missing(key)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        if not os.path.isdir(self.address):
+            raise ConfigError(f"no folder {self.address}")
+        parent = prefix.rpartition("/")[0]
+        if parent:
+            checked(parent)
+        yield from (entry for entry in self._walk(parent) if entry.key.startswith(prefix))
+
+    def _walk(self, folder: str) -> Iterator[Entry]:
+        """Entries below ``folder`` in the order of their keys: a folder sorts as its name and a slash."""
+        try:
+            with os.scandir(Path(self.address, folder)) as found:
+                entries = sorted((entry.name + "/" if entry.is_dir() else entry.name, entry) for entry in found)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name, entry in entries:
+            key = f"{folder}/{name}" if folder else name
+            if name.endswith("/"):
+                yield from self._walk(key.removesuffix("/"))
+            elif not name.endswith(PARTIAL):
+                yield Entry(key, entry.stat().st_size)
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        if path.is_file():
+            return path.stat().st_size
+        if not os.path.isdir(self.address):
+            raise ConfigError(f"no folder {self.address}")
+        return None
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A hidden file beside ``path`` to write into; it becomes ``path`` when the block ends well, else it goes."""
+    part = path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch(exist_ok=False)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        yield part
+        descriptor = os.open(part, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

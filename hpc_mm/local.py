@@ -1,0 +1,181 @@
+"""This machine as a cluster: the same accelerate lines, one process group per node, in the foreground."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from hpc_mm.command import Submission, accelerate_line, environment, uses_deepspeed
+from hpc_mm.config import ConfigError, Run
+from hpc_mm.progress import Progress
+
+ADDRESS = "127.0.0.1"
+GRACE = 40  # seconds between SIGTERM and SIGKILL: torch's own agent gives its workers 30
+LAST_LINES = 20
+
+
+def with_strategy_of_here(run: Run) -> tuple[Run, str]:
+    """The run as this machine can do it, and why that differs: on CPU, DeepSpeed compiles an operation first."""
+    if run.gpus_per_node or not uses_deepspeed(run.strategy):
+        return run, ""
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    lacking = [
+        name
+        for name, programs in (("C++ compiler", ("c++", "g++", "clang++")), ("ninja", ("ninja",)))
+        if not any(shutil.which(program, path=path) for program in programs)
+    ]
+    if not lacking:
+        return run, ""
+    lack = " and no ".join(lacking)
+    reason = f"strategy {run.strategy} -> ddp: DeepSpeed compiles an operation on CPU, and there is no {lack} here"
+    return run.model_copy(update={"strategy": "ddp"}), reason
+
+
+def check(run: Run) -> None:
+    """Refuse more GPUs than this machine has."""
+    wanted, found = run.nodes * run.gpus_per_node, len(_gpus())
+    if wanted > found:
+        raise ConfigError(
+            f"nodes={run.nodes} x gpus_per_node={run.gpus_per_node} needs {wanted} GPUs, and this machine has {found} "
+            "(gpus_per_node=0 trains on CPU)"
+        )
+
+
+def _gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    answer = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return [str(i) for i, line in enumerate(line for line in answer.stdout.splitlines() if line.startswith("GPU "))]
+
+
+def free_port() -> int:
+    """A port that no program listens on now."""
+    with socket.socket() as probe:
+        probe.bind((ADDRESS, 0))
+        return int(probe.getsockname()[1])
+
+
+def commands(run: Run, submission: Submission, port: int) -> list[str]:
+    """The line of each node, to be pasted as it is."""
+    return [accelerate_line(run, submission.run_folder, str(node), ADDRESS, str(port)) for node in range(run.nodes)]
+
+
+def node_environments(run: Run, submission: Submission) -> list[dict[str, str]]:
+    """What each node's line needs beside it. Nodes share this machine's cores and GPUs."""
+    threads = min(run.slurm.cpus_per_task // run.processes_per_node, (os.cpu_count() or 1) // run.world_size)
+    shared = {"PYTHONPATH": str(submission.code), **environment(run, threads)}
+    shared["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+    if not run.gpus_per_node:
+        return [shared] * run.nodes
+    gpus, share = _gpus(), run.gpus_per_node
+    return [{**shared, "CUDA_VISIBLE_DEVICES": ",".join(gpus[n * share : (n + 1) * share])} for n in range(run.nodes)]
+
+
+def texts(run: Run, submission: Submission, port: int) -> dict[str, str]:
+    """command.txt: how to run each node by hand."""
+    lines = []
+    for line, values in zip(commands(run, submission, port), node_environments(run, submission), strict=True):
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
+        lines.append(f"cd {shlex.quote(str(submission.code))} && {settings} {line}\n")
+    return {"command.txt": "".join(lines)}
+
+
+def train(run: Run, submission: Submission, port: int) -> int:
+    """Run all nodes to their end; 0, or 1 after showing the end of the log of the node that failed."""
+    progress = Progress(run, submission.run_folder / "metrics.jsonl")
+    with _terminated_as_interrupted(), _nodes(run, submission, port) as nodes:
+        try:
+            with progress:
+                failed = _watch(nodes, progress)
+        except KeyboardInterrupt:
+            print(
+                f"interrupted; the same command goes on from the newest checkpoint. Logs: {submission.folder}",
+                file=sys.stderr,
+            )
+            return 1
+    if failed is None:
+        return 0
+    log = submission.log(failed)
+    last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+    print("\n".join(last), file=sys.stderr)
+    print(f"hpc_mm: node {failed} failed (exit code {nodes[failed].returncode}); its log: {log}", file=sys.stderr)
+    return 1
+
+
+def _watch(nodes: list[subprocess.Popen[bytes]], progress: Progress) -> int | None:
+    """Wait for the end of all nodes (None), or of the first that fails (its number)."""
+    while True:
+        codes = [node.poll() for node in nodes]
+        progress.update()
+        for number, code in enumerate(codes):
+            if code:
+                return number
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.2)
+
+
+@contextmanager
+def _nodes(run: Run, submission: Submission, port: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One process group per node; whatever happens, none outlives the block."""
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, (line, values) in enumerate(
+            zip(commands(run, submission, port), node_environments(run, submission), strict=True)
+        ):
+            with submission.log(number).open("ab") as log:
+                started.append(
+                    subprocess.Popen(
+                        shlex.split(line),
+                        cwd=submission.code,
+                        env={**os.environ, **values},
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        yield started
+    finally:
+        _end(started)
+
+
+def _end(nodes: list[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM to every group that still lives; SIGKILL to what is left after the grace time."""
+    for node in nodes:
+        if node.poll() is None:
+            os.killpg(node.pid, signal.SIGTERM)
+    end = time.monotonic() + GRACE
+    for node in nodes:
+        try:
+            node.wait(timeout=max(end - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends this launcher as Ctrl-C does, so that its nodes end with it."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,1 @@
+"""Architecture: one model family per file."""

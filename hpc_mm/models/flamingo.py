@@ -1,0 +1,198 @@
+"""OpenFlamingo's architecture (arXiv 2308.01390) over any transformers language model and any open_clip tower.
+
+Parameter names, which checkpoints are made of:
+
+- ``vision.*``: the open_clip tower
+- ``resampler.{latents,layers.I.{0,1}.*,norm}``
+- ``language.LAYERS.I.gated_cross_attn_layer.{attn.{norm,to_q,to_kv,to_out},attn_gate,ff.{0,1,3},ff_gate}``
+- ``language.LAYERS.I.decoder_layer.*`` and everything else of the language model, under its own names
+- ``language.EMBEDDING.new_rows`` and, where the head is not tied, ``language.HEAD.new_rows``; the tables they extend
+  are ``language.EMBEDDING.base.weight`` and ``language.HEAD.base.weight``
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, Flamingo, TrainablePart
+from hpc_mm.models.cross_attention import (
+    ConditionedLayer,
+    Conditioning,
+    GatedCrossAttention,
+    Images,
+    PerceiverResampler,
+    image_of_token,
+)
+from hpc_mm.models.flops import flamingo_work
+from hpc_mm.models.language_model import (
+    add_token_rows,
+    decoder_layers,
+    load_language,
+    load_tokenizer,
+)
+from hpc_mm.models.vision_tower import image_spec, load_vision
+
+__all__ = ["FlamingoModel", "build", "load_tokenizer"]
+
+
+def build(config: Flamingo, tokenizer: Any, seed: int) -> FlamingoModel:
+    """The model of ``config`` on the CPU in fp32, with ``tokenizer`` from ``load_tokenizer``.
+
+    What is random depends on ``seed`` alone, each part on its own stream; the global generator is left as it was.
+    """
+    with _seeded(seed, 0):
+        vision = load_vision(config.vision)
+    with _seeded(seed, 1):
+        language = load_language(config.language, tokenizer)
+    with _seeded(seed, 2):
+        model = FlamingoModel(config, tokenizer, vision, language)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.part_of(name) in config.trainable)
+    if config.compile:
+        model.compile_parts()
+    return model.train()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, stream: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(3 * seed + stream)  # of the CPU alone; torch.manual_seed moves GPUs' too
+        yield
+
+
+class FlamingoModel(nn.Module):
+    """A causal language model that sees images through gated cross-attention. Made by ``build``."""
+
+    def __init__(self, config: Flamingo, tokenizer: Any, vision: Any, language: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.image_spec = image_spec(vision)
+        self.vocabulary = len(tokenizer)
+        self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.end_id: int = tokenizer.convert_tokens_to_ids(ENDOFCHUNK_TOKEN)
+        self.pad_id: int = tokenizer.pad_token_id
+        self.given = Conditioning()
+        width = vision.conv1.out_channels
+        self.vision = vision
+        self.resampler = PerceiverResampler(
+            width, config.resampler_depth, config.resampler_latents, config.gradient_checkpointing
+        )
+        self.layers_name = self._wrap_layers(language, width)
+        add_token_rows(language, tokenizer, self.given)
+        self.language = language
+        if config.gradient_checkpointing and "vision" in config.trainable:
+            vision.set_grad_checkpointing(True)
+        self._tables = {
+            f"{name}.{key}"
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Embedding)
+            for key, _ in module.named_parameters()
+        }
+        self._work = flamingo_work(self)
+
+    def _wrap_layers(self, language: Any, vision_width: int) -> str:
+        name, layers = decoder_layers(language)
+        width = language.config.hidden_size
+        every = self.config.cross_attn_every_n_layers
+        for number, layer in enumerate(layers):
+            gated = GatedCrossAttention(width, vision_width) if (number + 1) % every == 0 else None
+            layers[number] = ConditionedLayer(gated, layer, self.given, self.config.gradient_checkpointing)
+        return name
+
+    # ------------------------------------------------------------ running
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        images: Tensor,
+        image_counts: Tensor,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token, (B, T, V); with ``positions``, a (B, T) mask, at those alone: (selected, V).
+
+        ``images`` (N, 3, S, S) are the rows' images in the order of their image tokens, ``image_counts`` (B,) of them
+        per row. Every part runs in every call, with a black image where N = 0, so that all ranks of a sharded run
+        issue the same collectives and every trainable parameter gets a gradient, zero where it had no part.
+        """
+        with self._conditioned(input_ids, images, image_counts, keep=False):
+            self.given.positions = positions
+            output = self.language(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return output.logits  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, images: Tensor, image_counts: Tensor, **how: Any
+    ) -> Tensor:
+        """Prompts padded on the left -> prompts and what was generated, as transformers' ``generate`` gives them.
+
+        ``how`` is for transformers: max_new_tokens, num_beams, ... It ends at ``<|endofchunk|>`` unless told otherwise.
+        Each image is encoded once, whatever the number of beams.
+        """
+        how = {"eos_token_id": self.end_id, "pad_token_id": self.pad_id, **how}
+        with self._conditioned(input_ids, images, image_counts, keep=True):
+            return self.language.generate(input_ids=input_ids, attention_mask=attention_mask, **how)  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _conditioned(self, input_ids: Tensor, images: Tensor, image_counts: Tensor, keep: bool) -> Iterator[None]:
+        image = image_of_token(input_ids == self.image_id, image_counts)
+        self.given.images = Images(self.encode(images), image, keep)
+        try:
+            yield
+        finally:
+            self.given.images = self.given.positions = None
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, latents, vision width); a black image's where N = 0."""
+        if not len(images):
+            images = images.new_zeros(1, *images.shape[1:])
+        learns = torch.is_grad_enabled() and "vision" in self.config.trainable
+        with torch.set_grad_enabled(learns):
+            _, patches = self.vision(images.to(next(self.vision.parameters()).dtype))
+        return self.resampler(patches)  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> FlamingoModel:
+        """As torch's, but what is frozen stays in evaluation mode, without dropout."""
+        super().train(mode)
+        for part in ("vision", "language"):
+            if part not in self.config.trainable:
+                getattr(self, part).eval()
+        return self
+
+    def compile_parts(self) -> None:
+        """torch.compile the tower, the decoder layers and cross-attention in place; names do not change."""
+        self.vision.compile()
+        for layer in self.language.get_submodule(self.layers_name):
+            layer.decoder_layer.compile()
+            if layer.gated_cross_attn_layer is not None:
+                layer.gated_cross_attn_layer.compile()
+
+    # ------------------------------------------------------------ what training asks
+
+    @staticmethod
+    def part_of(name: str) -> TrainablePart:
+        """The part that a parameter belongs to, by its name."""
+        if name.startswith("vision."):
+            return "vision"
+        if name.startswith("resampler."):
+            return "resampler"
+        if ".gated_cross_attn_layer." in name:
+            return "cross_attention"
+        return "new_tokens" if name.endswith(".new_rows") else "language"
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies: to matrices of cross-attention and of the towers; not to embeddings."""
+        if self.part_of(name) in ("resampler", "new_tokens") or name in self._tables:
+            return False
+        return parameter.ndim >= 2 and not name.endswith("embedding")
+
+    def training_flops(self, rows: int, length: int, images: int, targets: int) -> float:
+        """Floating-point operations that training on a batch needs (the formula stands in ``flops``): ``rows`` of
+        ``length`` tokens, ``images`` encoded, and logits at ``targets`` positions."""
+        counts = {"image": max(images, 1), "token": rows * length, "pair": rows * length**2, "target": targets}
+        return sum(counts[work.per] * work.forward * (1 + work.backward) for work in self._work)

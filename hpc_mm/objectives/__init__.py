@@ -1,0 +1,1 @@
+"""What is minimised: one per file, (model, batch) -> loss and metrics."""

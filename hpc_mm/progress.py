@@ -1,0 +1,88 @@
+"""How far a run is, shown from its metrics.jsonl: a bar on a terminal, else a line every few seconds."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from hpc_mm.config import Run
+
+EVERY = 5.0  # seconds between lines where the output is not a terminal
+
+
+class Metrics:
+    """The lines that a growing metrics.jsonl has gained since the last look."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.offset = file.stat().st_size if file.exists() else 0
+
+    def news(self) -> list[dict[str, Any]]:
+        """New whole lines; a line that is still being written waits for the next look."""
+        if not self.file.exists():
+            return []
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            whole = stream.read().rpartition(b"\n")[0]
+        self.offset += len(whole) + 1 if whole else 0
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+class Progress:
+    """A context in which ``update`` shows what is new."""
+
+    def __init__(self, run: Run, metrics: Path):
+        self.metrics = Metrics(metrics)
+        self.steps = run.train.steps
+        self.first: tuple[int, float] | None = None  # step and time of the first line that was seen
+        self.shown = time.monotonic()
+        self.bar: Bar | None = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+            self.bar = Bar(*columns, console=Console())
+            self.task = self.bar.add_task("training", total=self.steps, figures="")
+
+    def __enter__(self) -> Progress:
+        message = "starting: the first step takes longest (imports, compilation, reading ahead)"
+        if self.bar:
+            self.bar.start()
+            self.bar.update(self.task, figures=message)
+        else:
+            print(message, flush=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.update(last=True)
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, last: bool = False) -> None:
+        news = self.metrics.news()
+        now = time.monotonic()
+        if news:
+            newest = news[-1]
+            self.first = self.first or (newest["step"], newest["time"])
+            self.newest = newest
+            if self.bar:
+                self.bar.update(self.task, completed=newest["step"], figures=self.figures(newest))
+        if not self.bar and self.first and (now - self.shown >= EVERY or (last and news)):
+            print(self.figures(self.newest), flush=True)
+            self.shown = now
+
+    def figures(self, newest: dict[str, Any]) -> str:
+        """``step 120/600  loss 1.234  85.2 samples/s  1:05 left``"""
+        words = [f"step {newest['step']}/{self.steps}", f"loss {newest['loss']:.3f}"]
+        words.append(f"{newest['samples_per_s']:.1f} samples/s")
+        assert self.first is not None
+        step, start = self.first
+        if newest["step"] > step:
+            left = (newest["time"] - start) / (newest["step"] - step) * (self.steps - newest["step"])
+            words.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        return "  ".join(words)

@@ -1,0 +1,150 @@
+"""Penn Treebank tokens of captions, as the caption metrics of the field count them, without Java.
+
+Caption scores are defined on the output of the Stanford PTBTokenizer of CoreNLP 3.4.1 (``-preserveLines -lowerCase``)
+without a fixed list of punctuation. The rules here were written from that program's observed output, and tests compare
+them with it. They cover English captions in Latin letters: words, digits, quotes, contractions, hyphens, abbreviations,
+decimals, addresses, currencies; rarer symbols may come out differently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# What is left out after tokenising. Lower-cased brackets (-lrb-) are not on the list and stay, as in the reference.
+DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+
+# Words that keep their full stop: in any case, with a capital only, before a number only.
+ABBREVIATIONS = (
+    "adj|adm|adv|al|ala|alex|apr|ariz|assn|assoc|asst|atty|attys|aug|ave|bancorp|bhd|bldg|blvd|brig|bros|calif|"
+    "capt|cf|cie|cmdr|co|col|colo|comdr|conn|corp|cos|cpl|ct|dak|dec|dept|det|dr|drs|elec|ens|esq|est|etc|ext|feb|"
+    "fla|fri|ft|ga|gen|gov|govs|hon|inc|ind|insp|intl|invt|jan|jos|jr|jul|jun|kan|kans|ky|lieut|lt|ltd|maj|mar|md|"
+    "messrs|mfg|mich|minn|mlle|mme|mo|mon|mont|mr|mrs|ms|msgr|mt|mtg|natl|neb|nev|nov|oct|okla|penn|pfc|ph|plc|"
+    "ppte|pptes|ppty|pptys|pres|prof|profs|pte|ptes|pty|ptys|pvt|rd|rep|reps|rev|rt|sen|sens|sep|sept|seq|sfc|sgt|"
+    "spc|sq|sr|st|ste|supt|supts|sys|tel|tenn|thu|thurs|tue|tues|univ|va|vs|vt|wed|wis|wisc|wm|wyo"
+)
+CAPITAL_ABBREVIATIONS = (
+    "A(?i:rk)|A(?i:z)|D(?i:el)|I(?i:ll)|L(?i:a)|M(?i:ass)|M(?i:iss)|O(?i:re)|P(?i:a)|T(?i:ex)|W(?i:ash)"
+)
+NUMBERED_ABBREVIATIONS = "ca|fig|figs|no|nos|op|pp|prop"
+
+# Two words written as one.
+JOINED = {
+    "cannot": "can not",
+    "gimme": "gim me",
+    "gonna": "gon na",
+    "gotta": "got ta",
+    "lemme": "lem me",
+    "wanna": "wan na",
+    "'tis": "'t is",
+    "'twas": "'t was",
+}
+
+# A single initial gives its full stop up where one of these begins the next sentence ("plan B. The ...").
+SENTENCE_STARTS = (
+    "A|About|According|Additionally|After|An|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many|More|Mr\\.|"
+    "Ms\\.|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|When|"
+    "While|Yet|You"
+)
+
+ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": "-"}
+SYMBOLS = {
+    **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
+    **{"£": "#", "€": "$", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"},
+    **{
+        "\u2010": "-",
+        "\u2011": "-",
+        "\u2013": "--",
+        "\u2014": "--",
+        "\u2026": "...",
+        "\u2019": "'",
+        "\u2018": "`",
+        "\u00ab": "``",
+        "\u00bb": "''",
+    },
+    **{"\u201c": "``", "\u201d": "''", "\u2039": "`", "\u203a": "'", '"': "''"},
+}
+
+NUMERAL = (
+    r"\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u218b\u2460-\u249b"  # Python counts them as word characters
+)
+L = rf"[^\W\d_{NUMERAL}]"  # a letter
+N = rf"[^\W_{NUMERAL}]"  # a letter or a digit
+Q = r"['\u2019]"  # an apostrophe
+WORD = rf"{L}{N}*"
+WORDS = rf"{WORD}(?:[.!?]{WORD})*"
+HYPHEN = r"[-\u2010\u2011]"
+HYPHENED = (
+    rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:{HYPHEN}(?:[A-Za-z](?:\.[A-Za-z])+\.|[dDoOlL]{Q}{WORD}|[A-Za-z0-9]+))+"
+    rf"|{WORD}(?:{HYPHEN}{N}+)+"
+)
+FORMS = {
+    "bracket": r"-(?i:[lr][crs]b)-",
+    "entity": "|".join([*ENTITIES, r"&\#\d+;"]),
+    "capitals": r"[A-Z]+(?:[&+][A-Z]+)+",
+    "underscored": r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)+",
+    "tag": r"<[/!?]?[A-Za-z][^<>\n]*>",
+    "url": r"(?i:https?)://[^\s\"<>|()]*[^\s\"<>|.!?(){},-]",
+    "email": r"[a-zA-Z0-9][^\s\"<>|(){}@]*@(?:[^\s\"<>|(){}.@]+\.)*[^\s\"<>|(){}.@]+",
+    "site": r"(?i:www\.(?:[^\s\"<>|.!?(){},]+\.)+[a-z]{2,4}|(?:[^\W_]+\.)+(?:com|net|org|edu))(?!\.?[^\W_])"
+    r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?",
+    "handle": r"@[A-Za-z_][A-Za-z_0-9]*|\#[A-Za-z]+",
+    "smiley": r"[<>]?[:;=][-o*']?[()DPdpO@|\\{}\[\]](?![A-Za-z0-9])",
+    "phone": r"\(\d{2,3}\)[ ]?(?:\d{2,4}[- ])?\d{3,4}[- ]?\d{3,5}",
+    "joined": rf"(?:(?i:cannot|gimme|gonna|gotta|lemme|wanna)|{Q}(?i:tis|twas))(?!{N})",
+    "slashed": r"\d{1,4}-\d{1,4}/\d{1,4}|[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",
+    "stopped": rf"(?:{HYPHENED}|{WORDS}|\d+)\.(?=[,;:])",
+    "hyphened": HYPHENED,
+    "negated": rf"{L}{N}*?(?=[nN](?:{Q}|`)[tT])",
+    "suffixed": rf"{WORDS}(?={Q}(?i:s|m|d|ll|ve|re)(?!{L}))|[yY]{Q}",
+    "suffix": rf"{Q}(?i:s|m|d|ll|ve|re)(?!{L})",
+    "elided": rf"(?:[dDoOlL]{Q}{WORD}|[A-HJ-XZn]{Q}{L}{L}+|{L}+[aeiouyAEIOUY]{Q}[aeiouA-Z]{L}*)"
+    rf"|(?i:c{Q}mon|s{Q}mores|ev{Q}ry|li{Q}l|nat{Q}l|e{Q}er|nor{Q}easter|c{Q}est)"
+    rf"|{Q}(?i:em|till?|cause)|{Q}[nN](?:{Q}|(?!{L}))|{Q}[2-9]0[sS]|{Q}\d\d(?=\s|$)"
+    rf"|(?i:dunkin|somethin|ol){Q}(?!{L})|[lLdDjJ]{Q}",
+    "negation": rf"[nN](?:{Q}|`)[tT]",
+    "acronym": rf"{L}(?:\.{L})+(?:\.(?!{L})|(?!{N}|\.{L}))|(?i:ph|ed)\.[dD](?:\.|(?!{N}))",
+    "initial_before_sentence": rf"[A-Za-z](?=\.\s+(?:{SENTENCE_STARTS})\s)",
+    "initial": rf"[A-Za-z]\.(?!{L})",
+    "abbreviation": rf"(?i:{ABBREVIATIONS})\.(?!{L})|(?:{CAPITAL_ABBREVIATIONS})\.(?!{L})"
+    rf"|(?i:{NUMBERED_ABBREVIATIONS})\.(?=\s?\d)",
+    "currency": r"[A-Z]{1,2}\$",
+    "words": WORDS,
+    "digits_and_letters": rf"\d+{L}{N}*",
+    "number": r"[-+]?(?:\d*(?:[.:,]\d+)+|\d+)",
+    "run": r"[?!]+|-+|\*+|_+|''|``|\.+",
+    "newline": r"\n",
+    "symbol": r"[^\s]",
+}
+SCANNER = re.compile("|".join(f"(?P<{name}>{form})" for name, form in FORMS.items()))
+UNREADABLE = re.compile(r"[^\u0000-\uffff]")  # emoji and the like vanish
+
+
+def tokenize(captions: Iterable[str]) -> list[list[str]]:
+    """Lower-case tokens of each caption. The captions are scanned as one text, a line each, as the reference does:
+    whether an initial at the end of a caption keeps its full stop depends on the next caption's first word."""
+    text = "\n".join(UNREADABLE.sub(" ", caption.replace("\n", " ")) for caption in captions)
+    lines: list[list[str]] = [[]]
+    for found in SCANNER.finditer(text):
+        if found.lastgroup == "newline":
+            lines.append([])
+        else:
+            lines[-1] += (token for token in _tokens(found.lastgroup, found[0]) if token not in DROPPED)
+    return lines
+
+
+def _tokens(form: str | None, text: str) -> list[str]:
+    """What one match stands for. White space inside a token separates words to the metrics, so it does here."""
+    text = text.lower()
+    if form == "joined":
+        return JOINED[text.replace("\u2019", "'")].split()
+    if form in ("entity", "symbol"):
+        text = ENTITIES.get(text, text)
+        return [SYMBOLS.get(text, text)]
+    if form == "run":
+        return [text[0] if text[0] == "." or (text[0] == "-" and len(text) < 5) else text]
+    if form in ("smiley", "phone"):
+        return "".join(SYMBOLS.get(character, character) for character in text).split()
+    if form in ("negation", "suffix"):
+        return [text.replace("\u2019", "'")]
+    return text.split()

@@ -1,0 +1,139 @@
+"""The cluster: what it has, what it would refuse, and the way into its queue (through submitit)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+from hpc_mm.command import Submission
+from hpc_mm.config import SBATCH_VARIABLES, ConfigError, Run, unknown
+
+# sbatch puts these above what a script says; the run's own values and log files must win.
+DECIDED_HERE = {"SBATCH_JOB_NAME", "SBATCH_GPUS_PER_NODE", "SBATCH_OUTPUT", "SBATCH_ERROR", "SBATCH_OPEN_MODE"}
+# Of the job that a launch may be part of itself: a job must not inherit another's shape.
+INHERITED = re.compile(r"(SLURM|SLURMD|SRUN)_|(MASTER_ADDR|MASTER_PORT|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE)$")
+KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
+
+
+def is_here() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def _ask(*words: str) -> str:
+    answer = subprocess.run(words, capture_output=True, text=True)
+    if answer.returncode:
+        raise ConfigError(f"Slurm does not answer {' '.join(words)!r}: {_one_line(answer.stderr)}")
+    return answer.stdout
+
+
+def _one_line(text: str) -> str:
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in text.splitlines()]
+    return "; ".join(line for line in lines if line)
+
+
+def check(run: Run, script: str) -> None:
+    """Refuse what the cluster could never start: partition, time limit, nodes, GPUs, and all that sbatch checks."""
+    if not is_here():
+        raise ConfigError("cluster=slurm: sbatch is not on PATH; cluster=local runs here, cluster=print shows the job")
+    partitions = _partitions()
+    names = (
+        run.slurm.partition.split(",")
+        if run.slurm.partition
+        else [n for n, p in partitions.items() if p["Default"] == "YES"]
+    )
+    if not names:
+        raise ConfigError(
+            f"this cluster has no default partition: set slurm.partition to one of {', '.join(sorted(partitions))}"
+        )
+    for name in names:
+        if name not in partitions:
+            raise unknown("slurm.partition", name, partitions)
+        _check_partition(run, name, partitions[name])
+    test = subprocess.run(
+        ["sbatch", "--test-only"], input=script, env=job_environment(), capture_output=True, text=True
+    )
+    if test.returncode:
+        raise ConfigError(f"sbatch would refuse this job: {_one_line(test.stderr)}")
+
+
+def _partitions() -> dict[str, dict[str, str]]:
+    """Partition name -> Slurm's own words about it: Default, MaxTime, TotalNodes, ..."""
+    lines = _ask("scontrol", "show", "partition", "-o").splitlines()
+    found = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+    return {values["PartitionName"]: values for values in found if "PartitionName" in values}
+
+
+def _check_partition(run: Run, name: str, partition: dict[str, str]) -> None:
+    limit = partition["MaxTime"]
+    if limit != "UNLIMITED" and minutes(run.slurm.time) > minutes(limit):
+        raise ConfigError(f"slurm.time={run.slurm.time} is over the limit of partition {name}: {limit}")
+    most = min(int(partition[key]) for key in ("TotalNodes", "MaxNodes") if partition[key].isdigit())
+    if run.nodes > most:
+        raise ConfigError(f"nodes={run.nodes}: partition {name} gives a job at most {most}")
+    if run.gpus_per_node and "gpu" not in _ask("sinfo", "--noheader", "-p", name, "-o", "%G"):
+        raise ConfigError(f"gpus_per_node={run.gpus_per_node}: partition {name} has no GPUs (0 trains on CPU)")
+
+
+def minutes(time: str) -> float:
+    """Slurm's ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` and ``D-H:M:S``, in minutes."""
+    days, dash, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, mins, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, mins, seconds = parts
+    else:
+        hours, mins, seconds = 0, *[*parts, 0][:2]
+    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+
+
+def job_environment() -> dict[str, str]:
+    """What sbatch, and so the job, sees of the environment: not what is already folded into the script."""
+    gone = DECIDED_HERE | set(SBATCH_VARIABLES)
+    return {
+        name: value for name, value in os.environ.items() if name in KEPT or not (name in gone or INHERITED.match(name))
+    }
+
+
+def refuse_if_active(job: str | None, folder: str) -> None:
+    """A run whose last job still waits or runs must not be started twice."""
+    if job is None:
+        return
+    if not is_here():
+        raise ConfigError(f"run {folder} is Slurm's job {job}, and no Slurm is here to say whether it has ended")
+    answer = subprocess.run(["squeue", "--noheader", "-j", job, "-o", "%T"], capture_output=True, text=True)
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        raise ConfigError(f"Slurm does not say whether job {job} has ended: {_one_line(answer.stderr)}")
+    if answer.stdout.strip():
+        raise ConfigError(
+            f"run {folder} is in the queue: job {job} is {answer.stdout.split()[0]}; scancel {job} ends it"
+        )
+
+
+def submit(script: str, run: Run, submission: Submission) -> str:
+    """Hand the script to sbatch through submitit; the job's id, which is kept in the submission's folder."""
+    import submitit
+
+    file = submission.folder / "job.sbatch"
+
+    class Script(submitit.SlurmExecutor):  # type: ignore[misc]
+        """submitit with our own script (its own would hide the command in a pickle) and a clean environment."""
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return command
+
+        def _make_submission_command(self, submission_file_path: object) -> list[str]:
+            gone = [word for name in sorted(set(os.environ) - set(job_environment())) for word in ("-u", name)]
+            return ["env", *gone, "sbatch", str(file)]
+
+    executor = Script(folder=submission.folder / "submitit")
+    executor.update_parameters(nodes=run.nodes)
+    executor.folder.mkdir(exist_ok=True)
+    try:
+        job = executor._submit_command(script)
+    except submitit.core.utils.FailedJobError as error:
+        raise ConfigError(f"sbatch refused the job: {_one_line(str(error))}") from None
+    (submission.folder / "job_id").write_text(f"{job.job_id}\n")
+    return str(job.job_id)

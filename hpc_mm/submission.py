@@ -1,0 +1,133 @@
+"""The run's folder: what is frozen there at a launch, and whether a folder that exists may go on."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpc_mm.command import ROOT, Submission, strategy_file
+from hpc_mm.config import ConfigError, Run, differences, read_run
+
+MAY_CHANGE = ("slurm.", "loader.", "tracking.")  # these change how a run is run, not what comes out
+SNAPSHOT = ("hpc_mm", "accelerate_configs", "sbatch")  # all that a job reads of the checkout
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's folder, so that two launchers never work on it at once; a local run holds it to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"run {folder} is being launched or trained by another process on this machine") from None
+        yield
+
+
+def next_submission(folder: Path) -> Submission:
+    return Submission(folder, (_numbers(folder) or [0])[-1] + 1)
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(found.name) for found in (folder / "submissions").glob("[0-9][0-9][0-9]"))
+
+
+def last_slurm_job(folder: Path) -> str | None:
+    """Id of the newest submission's Slurm job, if it has one."""
+    numbers = _numbers(folder)
+    file = Submission(folder, numbers[-1]).folder / "job_id" if numbers else None
+    return file.read_text().strip() if file and file.exists() else None
+
+
+def frozen_tokenizer(run: Run, folder: Path) -> tuple[Run, bytes | None]:
+    """The run with its tokenizer file (in a store or on disk) inside the run's folder, and the bytes to put there."""
+    address = run.model.language.tokenizer
+    if not address.endswith(".json") or address.startswith(str(folder)):
+        return run, None
+    from hpc_mm.data.store import open_store
+
+    parent, _, name = address.rpartition("/")
+    try:
+        content = open_store(parent or ".").read(name)
+    except KeyError:
+        raise ConfigError(f"model.language.tokenizer: there is no {name} in {parent}") from None
+    values = run.model_dump()
+    values["model"]["language"]["tokenizer"] = str(folder / "tokenizer.json")
+    return Run.model_validate(values), content
+
+
+def changes(run: Run, tokenizer: bytes | None, folder: Path) -> list[str] | None:
+    """What this launch changes in a run that exists, or None for a new one. What may not change is refused."""
+    if not (folder / "run.json").exists():
+        return None
+    found = differences(read_run(folder), run)
+    refused = [line for line in found if not line.startswith(MAY_CHANGE)]
+    if tokenizer is not None and (folder / "tokenizer.json").read_bytes() != tokenizer:
+        refused.append("model.language.tokenizer: the file has other contents now")
+    if refused:
+        raise ConfigError(
+            f"run {run.name} exists with other values: {'; '.join(refused)}. "
+            f"Take its values to go on with it, or name=... for a new one (its folder: {folder})"
+        )
+    return found
+
+
+def write(run: Run, tokenizer: bytes | None, submission: Submission, texts: dict[str, str]) -> None:
+    """Freeze code, commit, packages and ``texts`` in the submission's folder, then run.json. Whole or absent."""
+    aside = submission.folder.with_name(f".{submission.folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _copy_code(aside / "code", strategy_file(run.strategy))
+    for name, text in {**texts, **_provenance()}.items():
+        (aside / name).write_text(text)
+    aside.rename(submission.folder)
+    if tokenizer is not None:
+        _write_whole(submission.run_folder / "tokenizer.json", tokenizer)
+    _write_whole(submission.run_folder / "run.json", run.model_dump_json(indent=2).encode())
+
+
+def withdraw(submission: Submission, new: bool) -> None:
+    """Undo ``write`` after a cluster has refused the job."""
+    if new:
+        (submission.run_folder / "run.json").unlink()
+    shutil.rmtree(submission.folder)
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    os.replace(aside, file)
+
+
+def _copy_code(target: Path, strategy: Path) -> None:
+    """Copy what a job reads, so that editing the checkout never changes a queued or requeued job."""
+    for name in SNAPSHOT:
+        if not (ROOT / name).is_dir():
+            raise ConfigError(f"no folder {ROOT / name}: launch from a checkout (pip install -e .)")
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copy2(strategy, target / "accelerate_configs" / strategy.name)
+
+
+def _provenance() -> dict[str, str]:
+    """The commit, what differs from it, and the versions of all packages."""
+    commit = _git("rev-parse", "HEAD").strip()
+    packages = {f"{found.name}=={found.version}" for found in importlib.metadata.distributions()}
+    return {
+        "commit.txt": f"{commit or 'not in a git repository, or nothing committed yet'}\n{_git('status', '--short')}",
+        "dirty.diff": _git("diff", "--binary", "HEAD") if commit else "",
+        "packages.txt": "\n".join(sorted(packages, key=str.lower)) + "\n",
+    }
+
+
+def _git(*words: str) -> str:
+    """Git's answer about the checkout; empty where there is none to ask."""
+    if shutil.which("git") is None:
+        return ""
+    answer = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, errors="replace")
+    return answer.stdout if answer.returncode == 0 else ""

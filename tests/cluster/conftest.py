@@ -1,0 +1,54 @@
+"""The real Slurm and the real Ceph of slurm.sh and ceph.sh; tests that need them skip where they do not run."""
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+FOLDER = Path(os.environ.get("HPC_MM_CLUSTER_DIR", "/var/tmp/hpc_mm-cluster"))
+
+
+def absent(reason: str) -> NoReturn:
+    """Skip; or fail where the cluster was promised."""
+    if os.environ.get("HPC_MM_REQUIRE_CLUSTER") == "1":
+        pytest.fail(f"{reason}, and HPC_MM_REQUIRE_CLUSTER=1")
+    pytest.skip(f"{reason} (make cluster starts both Slurm and Ceph)")
+
+
+@pytest.fixture(scope="session")
+def slurm() -> None:
+    """Slurm with four idle or busy nodes and the partitions main and short."""
+    if shutil.which("sinfo") is None:
+        absent("Slurm is not installed")
+    answer = subprocess.run(["sinfo", "--noheader", "-o", "%R"], capture_output=True, text=True, timeout=30)
+    if answer.returncode:
+        absent("Slurm does not run")
+    if not {"main", "short"} <= set(answer.stdout.split()):
+        absent("the Slurm here is not that of tests/cluster/slurm.sh")
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[str]:
+    """The address of a new bucket; boto3 finds endpoint and credentials in the environment."""
+    file = FOLDER / "ceph" / "s3.env"
+    if not file.exists():
+        absent("Ceph does not run")
+    values = dict(line.split("=", 1) for line in file.read_text().splitlines())
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        import boto3
+
+        s3 = boto3.client("s3")
+        s3.create_bucket(Bucket=bucket)
+        yield f"s3://{bucket}"
+        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+            for entry in page.get("Contents", []):
+                s3.delete_object(Bucket=bucket, Key=entry["Key"])
+        s3.delete_bucket(Bucket=bucket)

@@ -1,0 +1,180 @@
+"""The launcher on a real Slurm: what reaches the nodes, what is refused before the queue, what a checkout edit changes."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from checkout import environment, facts, launch, make_checkout, make_store, write_train
+
+pytestmark = pytest.mark.usefixtures("slurm")
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> dict[str, str]:
+    """A user with a checkout and a store, as an environment."""
+    checkout = make_checkout(tmp_path / "checkout")
+    make_store(str(tmp_path / "store"))
+    return environment(checkout, tmp_path)
+
+
+def job_of(folder: Path) -> str:
+    return (folder / "submissions" / "001" / "job_id").read_text().strip()
+
+
+def wait(job: str, seconds: int = 120) -> str:
+    """The state in which a job has ended."""
+    for _ in range(seconds * 2):
+        if not subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout:
+            break
+        time.sleep(0.5)
+    for _ in range(40):  # accounting comes a little later
+        state = subprocess.run(["sacct", "-nXj", job, "-o", "State"], capture_output=True, text=True).stdout.split()
+        if state and state[0] not in ("PENDING", "RUNNING"):
+            return state[0]
+        time.sleep(0.5)
+    raise AssertionError(f"job {job} does not end")
+
+
+def test_a_job_reaches_every_node(user: dict[str, str], tmp_path: Path) -> None:
+    result = launch(user, "recipe=toy", "nodes=2", "slurm.cpus_per_task=2")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "toy"
+    job = job_of(run)
+    assert f"submitted job {job}" in result.stdout
+    assert wait(job) == "COMPLETED", list(run.glob("submissions/001/*.log"))
+    ranks = [facts(run, rank) for rank in range(2)]
+    assert [rank["SLURM_NODEID"] for rank in ranks] == ["0", "1"]
+    for rank in ranks:
+        assert rank["WORLD_SIZE"] == "2"
+        assert rank["SRUN_CPUS_PER_TASK"] == "2" and rank["cores"] == 2  # not the one core of a bare srun
+        assert rank["OMP_NUM_THREADS"] == "2"
+        assert rank["MASTER_PORT"] == str(10000 + int(job) % 10000)
+        assert rank["MASTER_ADDR"] == ranks[0]["SLURMD_NODENAME"]
+        assert rank["DS_ACCELERATOR"] == "cpu" and rank["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert rank["cwd"] == str(run / "submissions" / "001" / "code")
+        assert Path(rank["file"]).is_relative_to(rank["cwd"])
+    kept = {path.name for path in (run / "submissions" / "001").iterdir()}
+    expected = {"job.sbatch", "code", "commit.txt", "dirty.diff", "packages.txt", "node0.log", "node1.log"}
+    assert expected <= kept
+
+
+def test_an_edit_of_the_checkout_changes_no_queued_job(user: dict[str, str], tmp_path: Path) -> None:
+    assert launch(user, "recipe=toy", "nodes=1", "slurm.extra.hold=").returncode == 0
+    run = tmp_path / "runs" / "toy"
+    job = job_of(run)
+    write_train(tmp_path / "checkout", 2)
+    (tmp_path / "checkout" / "hpc_mm" / "config.py").write_text("broken")
+    subprocess.run(["scontrol", "release", job], check=True)
+    assert wait(job) == "COMPLETED"
+    assert facts(run, 0)["version"] == 1
+
+
+def test_a_requeued_job_runs_again_from_its_snapshot(user: dict[str, str], tmp_path: Path) -> None:
+    assert launch(user, "recipe=toy", "nodes=1").returncode == 0
+    run = tmp_path / "runs" / "toy"
+    job = job_of(run)
+    assert wait(job) == "COMPLETED"
+    write_train(tmp_path / "checkout", 2)
+    (run / "rank0.json").unlink()
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
+    assert wait(job) == "COMPLETED"
+    assert facts(run, 0)["version"] == 1
+
+
+def test_a_run_in_the_queue_is_not_started_twice(user: dict[str, str], tmp_path: Path) -> None:
+    assert launch(user, "recipe=toy", "nodes=1", "slurm.extra.hold=").returncode == 0
+    job = job_of(tmp_path / "runs" / "toy")
+    again = launch(user, "recipe=toy", "nodes=1")
+    subprocess.run(["scancel", job], check=True)
+    assert again.returncode == 2
+    assert f"job {job} is PENDING; scancel {job} ends it" in again.stderr
+    assert again.stderr.count("\n") == 1
+
+
+def test_a_failing_rank_fails_the_job(user: dict[str, str], tmp_path: Path) -> None:
+    assert launch({**user, "TEST_FAILS": "1", "TEST_SLEEP": "300"}, "recipe=toy", "nodes=2").returncode == 0
+    run = tmp_path / "runs" / "toy"
+    assert wait(job_of(run)) == "FAILED"
+    assert "the reason of the failure" in (run / "submissions" / "001" / "node1.log").read_text()
+
+
+def test_slurm_and_ours_agree_on_the_environment(user: dict[str, str], tmp_path: Path) -> None:
+    """SBATCH_* stands above a recipe and below the command line, and never reaches sbatch a second time."""
+    names = {"SBATCH_TIMELIMIT": "5", "SBATCH_PARTITION": "short", "SBATCH_OUTPUT": str(tmp_path / "elsewhere")}
+    result = launch({**user, **names}, "recipe=toy", "nodes=1", "slurm.time=7", "slurm.extra.hold=")
+    assert result.returncode == 0, result.stderr
+    job = job_of(tmp_path / "runs" / "toy")
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+    subprocess.run(["scancel", job], check=True)
+    assert "Partition=short" in shown and "TimeLimit=00:07:00" in shown
+    assert str(tmp_path / "runs" / "toy") in shown and "elsewhere" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["slurm.partition=mian"], "unknown slurm.partition 'mian': did you mean main? known: main, short"),
+        (
+            ["slurm.partition=short", "slurm.time=1:00:00"],
+            "slurm.time=1:00:00 is over the limit of partition short: 00:10:00",
+        ),
+        (["nodes=6"], "nodes=6: partition main gives a job at most 4"),
+        (["gpus_per_node=2", "nodes=1"], "gpus_per_node=2: partition main has no GPUs"),
+        (["slurm.cpus_per_task=64"], "sbatch would refuse this job"),
+        (["slurm.memory=900G"], "sbatch would refuse this job"),
+        (["slurm.constraint=h100"], "sbatch would refuse this job"),
+        (["slurm.extra.reservation=none"], "sbatch would refuse this job"),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_refused_before_the_queue(
+    user: dict[str, str], tmp_path: Path, words: list[str], message: str
+) -> None:
+    result = launch(user, "recipe=toy", *words)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_shards_are_found_before_the_queue(user: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "store" / "shapes" / "train-pairs" / "index.json").unlink()
+    result = launch(user, "recipe=toy")
+    assert result.returncode == 2
+    assert "sources.pairs: no shards at" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_hand_written_script_runs_a_run_folder(user: dict[str, str], tmp_path: Path) -> None:
+    assert launch(user, "recipe=toy", "nodes=2").returncode == 0
+    run = tmp_path / "runs" / "toy"
+    assert wait(job_of(run)) == "COMPLETED"
+    for rank in range(2):
+        (run / f"rank{rank}.json").unlink()
+    command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--mem=2G", f"--output={tmp_path}/hand.log"]
+    script = tmp_path / "checkout" / "sbatch" / "train.sbatch"
+    job = subprocess.run([*command, str(script), str(run)], env=user, capture_output=True, text=True, check=True)
+    assert wait(job.stdout.strip()) == "COMPLETED", (tmp_path / "hand.log").read_text()
+    assert [facts(run, rank)["SLURM_NODEID"] for rank in range(2)] == ["0", "1"]
+
+
+def test_shards_and_tokenizer_in_ceph(user: dict[str, str], ceph: str, tmp_path: Path) -> None:
+    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    make_store(f"{ceph}/corpora")
+    user = {**user, **keys, "HPC_MM_STORE": f"{ceph}/corpora"}
+    result = launch(user, "recipe=toy", "nodes=1", "slurm.extra.hold=")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "toy"
+    subprocess.run(["scancel", job_of(run)], check=True)
+    assert (run / "tokenizer.json").read_bytes() == b"{}"
+    assert f'"{run}/tokenizer.json"' in (run / "run.json").read_text()
+    assert f'"{ceph}/corpora/shapes/train-pairs"' in (run / "run.json").read_text()
+    bare = {name: value for name, value in user.items() if not name.startswith("AWS_")}
+    bare |= {"AWS_ENDPOINT_URL": keys["AWS_ENDPOINT_URL"], "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
+    refused = launch(bare, "recipe=toy", "name=other", "nodes=1")
+    assert refused.returncode == 2
+    assert "credentials" in refused.stderr and refused.stderr.count("\n") == 1
+    assert not (tmp_path / "runs" / "other").exists()

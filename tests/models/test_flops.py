@@ -1,0 +1,28 @@
+"""The formula counts what torch counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import WORDS
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpc_mm.models.flamingo import FlamingoModel
+
+EVERYTHING = ("vision", "language", "resampler", "cross_attention", "new_tokens")
+
+
+@pytest.mark.parametrize("trainable", [("resampler", "cross_attention", "new_tokens"), EVERYTHING])
+def test_training_flops(make: Callable[..., FlamingoModel], trainable: tuple[str, ...]) -> None:
+    model = make(trainable=trainable)
+    ids = torch.randint(1, WORDS, (2, 32))
+    ids[:, ::16] = model.image_id
+    batch = (ids, torch.ones_like(ids), torch.randn(4, 3, 16, 16), torch.tensor([2, 2]))
+    with FlopCounterMode(display=False) as counter:
+        loss = functional.cross_entropy(model(*batch).flatten(0, 1), ids.flatten())
+        loss.backward()
+    estimate = model.training_flops(rows=2, length=32, images=4, targets=64)
+    assert estimate == pytest.approx(counter.get_total_flops(), rel=0.05)
