@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from hpc_mm.config import ConfigError, parse_arguments, unknown
 from hpc_mm.data.shards import (
@@ -22,37 +20,7 @@ from hpc_mm.data.shards import (
     pack_index,
     write_manifest,
 )
-from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
-
-
-class StoreFile(io.RawIOBase):
-    """A stored value as a file that can be read and sought."""
-
-    def __init__(self, store: Store, key: str, size: int) -> None:
-        super().__init__()
-        self.store, self.key, self.bytes, self.position = store, key, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + (0, self.position, self.bytes)[whence]
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self.bytes, self.position + len(buffer))
-        if end <= self.position:
-            return 0
-        data = self.store.read(self.key, self.position, end)
-        buffer[: len(data)] = data
-        self.position = end
-        return len(data)
+from hpc_mm.data.store import MissingKey, Store, StoreError, open_store, opened
 
 
 def index_tar(store: Store, shard: str) -> tuple[ShardIndex, list[str]]:
@@ -85,8 +53,7 @@ def _usable(members: list[Member]) -> bool:
 
 def _tar_members(store: Store, shard: str, size: int, where: str) -> Iterator[tuple[str, Member]]:
     """(key, member) of every file in the tar; BrokenShard where it is cut or not a tar any more."""
-    file = io.BufferedReader(StoreFile(store, shard, size), buffer_size=2**20)
-    offset = 0
+    file, offset = opened(store, shard, size), 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:

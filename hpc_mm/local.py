@@ -109,10 +109,15 @@ def train(run: Run, submission: Submission, port: int) -> int:
     if failed is None:
         return 0
     log = submission.log(failed)
-    last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-    print("\n".join(last), file=sys.stderr)
+    print("\n".join(_last_words(log.read_text(errors="replace").splitlines())), file=sys.stderr)
     print(f"hpc_mm: node {failed} failed (exit code {nodes[failed].returncode}); its log: {log}", file=sys.stderr)
     return 1
+
+
+def _last_words(lines: list[str]) -> list[str]:
+    """The end of what the node's own processes said, before torch's agent reports at length that one of them failed."""
+    agent = next((number for number, line in enumerate(lines) if "failed (exitcode:" in line), len(lines))
+    return lines[max(agent - LAST_LINES, 0) : agent] or lines[-LAST_LINES:]
 
 
 def _watch(nodes: list[subprocess.Popen[bytes]], progress: Progress) -> int | None:

@@ -43,6 +43,7 @@ class Progress:
         self.steps = run.train.steps
         self.first: tuple[int, float] | None = None  # step and time of the first line that was seen
         self.shown = time.monotonic()
+        self.unshown = ""
         self.bar: Bar | None = None
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
@@ -69,19 +70,17 @@ class Progress:
         if news:
             newest = news[-1]
             self.first = self.first or (newest["step"], newest["time"])
-            self.newest = newest
+            self.unshown = self.figures(*self.first, newest)
             if self.bar:
-                self.bar.update(self.task, completed=newest["step"], figures=self.figures(newest))
-        if not self.bar and self.first and (now - self.shown >= EVERY or (last and news)):
-            print(self.figures(self.newest), flush=True)
-            self.shown = now
+                self.bar.update(self.task, completed=newest["step"], figures=self.unshown)
+        if not self.bar and self.unshown and (now - self.shown >= EVERY or last):
+            print(self.unshown, flush=True)
+            self.shown, self.unshown = now, ""
 
-    def figures(self, newest: dict[str, Any]) -> str:
-        """``step 120/600  loss 1.234  85.2 samples/s  1:05 left``"""
+    def figures(self, step: int, start: float, newest: dict[str, Any]) -> str:
+        """Speed is taken since ``step`` at time ``start``: ``step 120/600  loss 1.234  85.2 samples/s  1:05 left``"""
         words = [f"step {newest['step']}/{self.steps}", f"loss {newest['loss']:.3f}"]
         words.append(f"{newest['samples_per_s']:.1f} samples/s")
-        assert self.first is not None
-        step, start = self.first
         if newest["step"] > step:
             left = (newest["time"] - start) / (newest["step"] - step) * (self.steps - newest["step"])
             words.append(f"{int(left) // 60}:{int(left) % 60:02d} left")

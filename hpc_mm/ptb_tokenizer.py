@@ -88,15 +88,15 @@ FORMS = {
     "email": r"[a-zA-Z0-9][^\s\"<>|(){}@]*@(?:[^\s\"<>|(){}.@]+\.)*[^\s\"<>|(){}.@]+",
     "site": r"(?i:www\.(?:[^\s\"<>|.!?(){},]+\.)+[a-z]{2,4}|(?:[^\W_]+\.)+(?:com|net|org|edu))(?!\.?[^\W_])"
     r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?",
-    "handle": r"@[A-Za-z_][A-Za-z_0-9]*|\#[A-Za-z]+",
+    "handle": rf"@[A-Za-z_][A-Za-z_0-9]*|\#{L}+",
     "smiley": r"[<>]?[:;=][-o*']?[()DPdpO@|\\{}\[\]](?![A-Za-z0-9])",
     "phone": r"\(\d{2,3}\)[ ]?(?:\d{2,4}[- ])?\d{3,4}[- ]?\d{3,5}",
-    "joined": rf"(?:(?i:cannot|gimme|gonna|gotta|lemme|wanna)|{Q}(?i:tis|twas))(?!{N})",
-    "slashed": r"\d{1,4}-\d{1,4}/\d{1,4}|[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",
+    "slashed": r"\d{1,4}[- ]\d{1,4}/\d{1,4}|[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",
     "stopped": rf"(?:{HYPHENED}|{WORDS}|\d+)\.(?=[,;:])",
     "hyphened": HYPHENED,
     "negated": rf"{L}{N}*?(?=[nN](?:{Q}|`)[tT])",
     "suffixed": rf"{WORDS}(?={Q}(?i:s|m|d|ll|ve|re)(?!{L}))|[yY]{Q}",
+    "joined": rf"(?:(?i:cannot|gimme|gonna|gotta|lemme|wanna)|{Q}(?i:tis|twas))(?!{N})",
     "suffix": rf"{Q}(?i:s|m|d|ll|ve|re)(?!{L})",
     "elided": rf"(?:[dDoOlL]{Q}{WORD}|[A-HJ-XZn]{Q}{L}{L}+|{L}+[aeiouyAEIOUY]{Q}[aeiouA-Z]{L}*)"
     rf"|(?i:c{Q}mon|s{Q}mores|ev{Q}ry|li{Q}l|nat{Q}l|e{Q}er|nor{Q}easter|c{Q}est)"
@@ -104,7 +104,7 @@ FORMS = {
     rf"|(?i:dunkin|somethin|ol){Q}(?!{L})|[lLdDjJ]{Q}",
     "negation": rf"[nN](?:{Q}|`)[tT]",
     "acronym": rf"{L}(?:\.{L})+(?:\.(?!{L})|(?!{N}|\.{L}))|(?i:ph|ed)\.[dD](?:\.|(?!{N}))",
-    "initial_before_sentence": rf"[A-Za-z](?=\.\s+(?:{SENTENCE_STARTS})\s)",
+    "initial_before_sentence": rf"[A-Za-z](?=\.\s+(?:{SENTENCE_STARTS}|{SENTENCE_STARTS.upper()})\s)",
     "initial": rf"[A-Za-z]\.(?!{L})",
     "abbreviation": rf"(?i:{ABBREVIATIONS})\.(?!{L})|(?:{CAPITAL_ABBREVIATIONS})\.(?!{L})"
     rf"|(?i:{NUMBERED_ABBREVIATIONS})\.(?=\s?\d)",
@@ -112,7 +112,7 @@ FORMS = {
     "words": WORDS,
     "digits_and_letters": rf"\d+{L}{N}*",
     "number": r"[-+]?(?:\d*(?:[.:,]\d+)+|\d+)",
-    "run": r"[?!]+|-+|\*+|_+|''|``|\.+",
+    "run": r"[?!]+|\#+|-+|\*+|_+|''|``|\.+",
     "newline": r"\n",
     "symbol": r"[^\s]",
 }

@@ -313,7 +313,7 @@ def make_accelerator(run: Run) -> Any:
     """accelerate with this run's values; the launch command has said how to split the model."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if run.gpus_per_node == 0:  # not Accelerator(cpu=True), which turns DeepSpeed off without a word
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(gradient_accumulation_steps=run.train.accumulate, kwargs_handlers=handlers)

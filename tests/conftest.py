@@ -1,10 +1,13 @@
 """What several tests share."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +16,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real test data is not beside this checkout")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a small shapes corpus."""
+    store = tmp_path_factory.mktemp("store")
+    sizes = ["documents=60", "pairs=120", "heldout=8"]
+    subprocess.run([sys.executable, "data_prep/shapes.py", f"out={store}", "seed=0", *sizes], check=True, cwd=ROOT)
+    return store

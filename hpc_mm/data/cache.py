@@ -6,7 +6,9 @@ import hashlib
 import logging
 import os
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from hpc_mm.data.store import PARTIAL, Store
@@ -14,6 +16,12 @@ from hpc_mm.data.store import PARTIAL, Store
 logger = logging.getLogger(__name__)
 
 DRAWERS = 256  # folders, each with its share of the limit, so that making room looks at few files
+
+
+@lru_cache
+def complain(folder: Path, reason: str | None) -> None:
+    """Once per process and reason, not once per sample."""
+    logger.warning("the cache in %s keeps nothing: %s", folder, reason)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class ReadCache:
         drawer = self.folder / f"{int(name[:8], 16) % DRAWERS:03d}"
         try:
             data = (drawer / name).read_bytes()
-        except FileNotFoundError:
+        except OSError:  # not there, or a broken local disk, which costs speed and never data
             data = b""
         if len(data) == end - start:
             return data
@@ -45,9 +53,11 @@ class ReadCache:
             self._make_room(drawer, len(data))
             part.write_bytes(data)
             os.replace(part, drawer / name)
-        except OSError as error:  # a full or broken local disk costs speed, never data
-            part.unlink(missing_ok=True)
-            logger.warning("the cache in %s keeps nothing: %s", self.folder, error)
+            return
+        except OSError as error:
+            complain(self.folder, error.strerror)
+        with suppress(OSError):
+            part.unlink()
 
     def _make_room(self, drawer: Path, size: int) -> None:
         """Delete the oldest files until ``size`` more bytes fit. Another process may be doing the same."""

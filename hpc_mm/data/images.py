@@ -14,7 +14,7 @@ from hpc_mm.config import ImageSpec
 
 MAX_PIXELS = 64 * 2**20  # 64 megapixels, 192 MB decoded; the header of a larger image is all that is read
 MAX_RATIO = 50  # of the sides; resizing the short side of a longer one would take gigabytes
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none runs a program, as EPS would
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none runs a program, as EPS would
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 ORIENTATION = 0x0112  # the EXIF tag
 TRANSPOSE = {

@@ -68,10 +68,11 @@ class S3Store:
 
     def _call(self, what: str, action: Callable[[Any, float], T]) -> T:
         """``action(client, end)`` with retries: exponential backoff, full jitter, ``end`` on the monotonic clock."""
+        client = self._client()
         end = time.monotonic() + self.deadline
         for attempt in itertools.count():
             try:
-                return action(self._client(), end)
+                return action(client, end)
             except (BotoCoreError, ClientError, Boto3Error, HTTPError, OSError) as error:
                 self._judge(what, error)
                 wait = random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**attempt))

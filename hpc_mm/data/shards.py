@@ -185,11 +185,12 @@ class ShardWriter:
     """Writes samples into ``NAME-000000.tar``, ``NAME-000001.tar``, ... with their indexes, and then the manifest.
 
     A shard is built on this machine's disk (TMPDIR) and uploaded whole; it is closed at ``max_bytes``. Sample ids are
-    letters, digits, ``_`` and ``-`` (a tar key ends at its first dot) and differ within a shard.
+    letters, digits, ``_`` and ``-`` (a tar key ends at its first dot) and differ within a shard. ``manifest=False`` is
+    for one of several writers into a folder: whoever sees them all finished writes it.
     """
 
-    def __init__(self, store: Store, name_prefix: str, max_bytes: int = SHARD_BYTES) -> None:
-        self.store, self.name_prefix, self.max_bytes = store, name_prefix, max_bytes
+    def __init__(self, store: Store, name_prefix: str, max_bytes: int = SHARD_BYTES, manifest: bool = True) -> None:
+        self.store, self.name_prefix, self.max_bytes, self.manifest = store, name_prefix, max_bytes, manifest
         self.shards: list[ShardInfo] = []
         self._folder = tempfile.TemporaryDirectory(prefix="hpc_mm-shard-")
         self._tar: tarfile.TarFile | None = None
@@ -237,15 +238,12 @@ class ShardWriter:
         self.shards.append(ShardInfo(name, len(index.keys), index.tar_bytes))
         self._samples, self._ids = [], set()
 
-    def finish(self) -> list[ShardInfo]:
-        """Upload what is left; all shards of this writer. For one of several writers into a folder."""
+    def close(self) -> None:
+        """Upload what is left, and write the manifest unless this is one of several writers."""
         self._flush()
         self._folder.cleanup()
-        return self.shards
-
-    def close(self) -> None:
-        """Upload what is left and write the manifest. For the only writer into a folder."""
-        write_manifest(self.store, self.finish())
+        if self.manifest:
+            write_manifest(self.store, self.shards)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -254,9 +252,10 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self.close()
-        else:
-            self._folder.cleanup()
+            return self.close()
+        if self._tar is not None:
+            self._tar.close()
+        self._folder.cleanup()
 
 
 # ---------------------------------------------------------------- reading

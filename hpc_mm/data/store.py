@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import uuid
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from hpc_mm.config import ConfigError
 
@@ -52,8 +53,10 @@ class Store(Protocol):
     def delete(self, key: str) -> None: ...
 
 
-def open_store(address: str, deadline: float = DEADLINE) -> Store:
+def open_store(address: str, deadline: float = DEADLINE, make: bool = False) -> Store:
     """The store at ``s3://bucket/prefix`` or in a folder. Nothing is contacted before the first verb.
+
+    A folder that does not exist is an error where something is read or listed, unless ``make`` makes it.
 
     Endpoint and credentials of s3 come by boto3's own chain (AWS_ENDPOINT_URL, AWS_PROFILE, ~/.aws, ...).
     ``deadline``: seconds per verb, all retries together.
@@ -62,7 +65,10 @@ def open_store(address: str, deadline: float = DEADLINE) -> Store:
     if not found:
         if not address:
             raise ConfigError("an empty address names no store: give a folder or s3://bucket/prefix")
-        return FolderStore(str(Path(address).expanduser().absolute()))
+        folder = Path(address).expanduser().absolute()
+        if make:
+            make_folder(folder)
+        return FolderStore(str(folder))
     if scheme != "s3":
         raise ConfigError(f"{address}: stores are folders or s3://bucket/prefix, not {scheme}://")
     bucket, _, prefix = rest.partition("/")
@@ -132,11 +138,11 @@ class FolderStore:
             self._missing(key)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        if not os.path.isdir(self.address):
-            raise ConfigError(f"no folder {self.address}")
         parent = prefix.rpartition("/")[0]
         if parent:
             checked(parent)
+        if not os.path.isdir(self.address):
+            raise ConfigError(f"no folder {self.address}")
         yield from (entry for entry in self._walk(parent) if entry.key.startswith(prefix))
 
     def _walk(self, folder: str) -> Iterator[Entry]:
@@ -165,12 +171,19 @@ class FolderStore:
         self._path(key).unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A hidden file beside ``path`` to write into; it becomes ``path`` when the block ends well, else it goes."""
+    make_folder(path.parent)
     part = path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part.touch(exist_ok=False)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
@@ -183,3 +196,41 @@ def written_aside(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+# ---------------------------------------------------------------- a value as a file
+
+
+class StoreFile(io.RawIOBase):
+    """A stored value as a file that can be read and sought."""
+
+    def __init__(self, store: Store, key: str, size: int) -> None:
+        super().__init__()
+        self.store, self.key, self.bytes, self.position = store, key, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.bytes)[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.bytes, self.position + len(buffer))
+        if end <= self.position:
+            return 0
+        data = self.store.read(self.key, self.position, end)
+        buffer[: len(data)] = data
+        self.position = end
+        return len(data)
+
+
+def opened(store: Store, key: str, size: int) -> io.BufferedReader:
+    """A value of ``size`` bytes as a file, read by ranges of a mebibyte."""
+    return io.BufferedReader(StoreFile(store, key, size), buffer_size=2**20)

@@ -164,13 +164,13 @@ class FlamingoModel(nn.Module):
                 getattr(self, part).eval()
         return self
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, backend: str = "inductor") -> None:
         """torch.compile the tower, the decoder layers and cross-attention in place; names do not change."""
-        self.vision.compile()
+        self.vision.compile(backend=backend)
         for layer in self.language.get_submodule(self.layers_name):
-            layer.decoder_layer.compile()
+            layer.decoder_layer.compile(backend=backend)
             if layer.gated_cross_attn_layer is not None:
-                layer.gated_cross_attn_layer.compile()
+                layer.gated_cross_attn_layer.compile(backend=backend)
 
     # ------------------------------------------------------------ what training asks
 

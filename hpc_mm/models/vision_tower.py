@@ -55,12 +55,12 @@ def _random(vision: Vision) -> Any:
 
 def _named(vision: Vision) -> Any:
     quick = needs_quick_gelu(vision.name, vision.pretrained)
+    pretrained = None if ":" in vision.name else vision.pretrained or None  # a folder or hub id brings its own
     try:
-        clip = open_clip.create_model(vision.name, pretrained=vision.pretrained or None, force_quick_gelu=quick)
+        clip = open_clip.create_model(vision.name, pretrained=pretrained, force_quick_gelu=quick)
     except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(
-            f"vision.name={vision.name!r} pretrained={vision.pretrained!r}: {first_line(error)}"
-        ) from None
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"vision.name={vision.name!r} pretrained={vision.pretrained!r}: {reason}") from None
     return clip.visual
 
 

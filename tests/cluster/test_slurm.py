@@ -1,4 +1,4 @@
-"""The launcher on a real Slurm: what reaches the nodes, what is refused before the queue, what a checkout edit changes."""
+"""The launcher on a real Slurm: what reaches the nodes, what is refused before the queue, what an edit changes."""
 
 import os
 import subprocess

@@ -177,6 +177,23 @@ def test_gradient_checkpointing_changes_nothing(make: Make, batch: BATCH, traina
         torch.testing.assert_close(one.grad, two.grad, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compilation_changes_nothing(make: Make, batch: BATCH, checkpointing: bool) -> None:
+    plain, compiled = make(), make(gradient_checkpointing=checkpointing)
+    compiled.compile_parts(backend="aot_eager")  # traces forward and backward; code generation alone is left out
+    for images in (4, 3):  # another shape: compiled again, or for any
+        ids, mask, pictures, counts = (part[:images] for part in batch)
+        sample = (ids, mask, pictures[: int(counts.sum())], counts)
+        for model in (plain, compiled):
+            model.zero_grad()
+            loss_of(model, sample).backward()
+        assert [name for name, _ in plain.named_parameters()] == [name for name, _ in compiled.named_parameters()]
+        for (name, one), two in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad, msg=name)
+    torch._dynamo.reset()
+
+
 def test_bf16(make: Make, batch: BATCH) -> None:
     model = make().eval()
     full = model(*batch)

@@ -1,0 +1,39 @@
+"""MMC4 (arXiv 2304.06939): 103M documents of C4 with 585M images, placed beside the sentences they are most similar to.
+
+    python data_prep/mmc4.py source=mmc4/ images=s3://images out=s3://corpora/mmc4 tasks=256 task=0
+
+``source`` holds allenai/mmc4's docs_shard_*.jsonl.zip files, or the JSON lines in them. Images under 11,000 bytes are
+left out, as in OpenFlamingo's training. The corpus is ODC-BY; the images belong to their owners.
+"""
+
+import sys
+from collections.abc import Mapping
+
+from pydantic import Field
+
+from hpc_mm import prepare
+from hpc_mm.data.documents import BrokenRecord, Record, assigned_parts, matrix
+from hpc_mm.data.schema import Sample
+
+
+class Mmc4(prepare.Preparation):
+    min_image_bytes: int = Field(11_000, ge=0, description="smaller image files, mostly icons, are left out")
+
+
+def urls(record: Record, options: Mmc4) -> list[str]:
+    try:
+        return [info["raw_url"] for info in record["image_info"]]
+    except (KeyError, TypeError):
+        raise BrokenRecord("image_info has no raw_url") from None
+
+
+def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options: Mmc4) -> Sample:
+    if "text_list" not in record or "similarity_matrix" not in record:
+        raise BrokenRecord("text_list or similarity_matrix is missing")
+    similarity = matrix(record["similarity_matrix"])
+    parts = assigned_parts(record["text_list"], urls(record, options), similarity, images)
+    return Sample(sample_id, parts, {"url": record.get("url")})
+
+
+if __name__ == "__main__":
+    sys.exit(prepare.main(Mmc4, urls, arrange))

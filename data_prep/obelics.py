@@ -1,0 +1,27 @@
+"""OBELICS (arXiv 2306.16527): 141M documents of Common Crawl, 353M images, 115B tokens; text in the pages' own order.
+
+    python data_prep/obelics.py source=OBELICS/data/ images=s3://images out=s3://corpora/obelics tasks=128 task=0
+
+``source`` holds the parquet files of HuggingFaceM4/OBELICS (opt-out filtered), or the same as JSON lines. The
+corpus is CC-BY-4.0; the images belong to their owners.
+"""
+
+import sys
+from collections.abc import Mapping
+
+from hpc_mm import prepare
+from hpc_mm.data.documents import Record, natural_parts, natural_urls
+from hpc_mm.data.schema import Sample
+
+
+def urls(record: Record, options: prepare.Documents) -> list[str]:
+    return natural_urls(record)
+
+
+def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options: prepare.Documents) -> Sample:
+    facts = {"general_metadata": record.get("general_metadata")}
+    return Sample(sample_id, natural_parts(record, images, options.max_images), facts)
+
+
+if __name__ == "__main__":
+    sys.exit(prepare.main(prepare.Documents, urls, arrange))

@@ -1,0 +1,69 @@
+"""Line charts as SVG text that takes its colours from the page around it, so that it is readable in light and dark."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+INK = "#010203"  # stands for the page's text colour until the SVG is text
+COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444")  # on white and on near-black alike
+STYLE: dict[Any, object] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """``values`` at optimizer ``steps``."""
+
+    label: str
+    steps: list[int]
+    values: list[float]
+
+
+def chart(title: str, unit: str, lines: list[Line]) -> str:
+    """An HTML figure: values over steps. Its text alternative tells first and last value of each line."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):  # ids differ between the charts of a page
+        figure = Figure(figsize=(5.6, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        for number, line in enumerate(lines):
+            marker = "o" if len(line.steps) == 1 else None
+            axes.plot(line.steps, line.values, color=COLORS[number % len(COLORS)], label=line.label, marker=marker)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(unit)
+        axes.tick_params(length=0)
+
+        axes.set_ylim(bottom=0)
+        if len(lines) > 1:
+            axes.legend()
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    told = "; ".join(
+        f"{line.label} from {line.values[0]:.3g} to {line.values[-1]:.3g}" for line in lines if line.values
+    )
+    label = escape(f"{title}, {unit}: {told}")
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return f'<figure class="card chart"><figcaption>{escape(title)}</figcaption>{svg}</figure>'

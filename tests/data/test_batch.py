@@ -1,0 +1,282 @@
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import samples
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import SPEC
+
+from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, Source
+from hpc_mm.data.batch import (
+    IGNORED,
+    LeftOut,
+    Row,
+    Unusable,
+    collate,
+    document_text,
+    interleaved_labels,
+    plain,
+    to_row,
+    vocabulary,
+)
+from hpc_mm.data.images import decode
+from hpc_mm.data.schema import Image, Sample, Text
+
+TOKENIZER = samples.word_tokenizer()
+WORDS = vocabulary(TOKENIZER)
+BROKEN = Image(b"no image")
+
+
+def image(number: int, **facts: Any) -> Image:
+    return Image(samples.encoded(samples.picture(number)), facts=facts)
+
+
+def row(parts: tuple[Any, ...], epoch: int = 0, sample_id: str = "sample", **source: Any) -> Row:
+    values = {"data": "x", "form": "interleaved", "batch": 1, "max_tokens": 64, "max_images": 3, **source}
+    return to_row(Sample(sample_id, parts), Source(**values), TOKENIZER, SPEC, seed=0, epoch=epoch)
+
+
+def said(ids: Any) -> str:
+    return TOKENIZER.decode(ids, skip_special_tokens=False).replace(ENDOFCHUNK_TOKEN, "|").replace(IMAGE_TOKEN, "*")
+
+
+def shown(found: Row, *numbers: int) -> bool:
+    """Whether the row's images are these pictures in this order."""
+    expected = [decode(image(number).data or b"", SPEC) for number in numbers]
+    return len(expected) == len(found.images) and all(map(np.array_equal, found.images, expected))
+
+
+# ---------------------------------------------------------------- labels
+
+
+def labels_by_loops(ids: list[int]) -> list[int]:
+    """The published rules token by token: OpenFlamingo's training, restated."""
+    labels = list(ids)
+    place = 0
+    while place < len(ids) and ids[place] != WORDS.image:
+        labels[place] = IGNORED
+        place += 1
+    for place in [i for i, token in enumerate(ids) if token == WORDS.endofchunk]:
+        after = place + 1
+        while after < len(ids) and ids[after] != WORDS.image:
+            labels[after] = IGNORED
+            after += 1
+    return [IGNORED if token == WORDS.image else label for token, label in zip(ids, labels, strict=True)]
+
+
+@given(st.lists(st.sampled_from([WORDS.image, WORDS.endofchunk, WORDS.eos, 20, 21]), max_size=24))
+def test_document_labels_equal_the_rules_token_by_token(ids: list[int]) -> None:
+    assert interleaved_labels(np.array(ids, dtype=np.int64), WORDS).tolist() == labels_by_loops(ids)
+
+
+def test_document_row() -> None:
+    found = row((Text("a red"), image(1), Text("square"), image(2), Text("left of"), Text("the star")))
+    assert said(found.input_ids) == "a red * square | * left of the star | </s>"
+    assert said(found.labels[found.labels != IGNORED]) == "square | left of the star |"
+    assert shown(found, 1, 2)
+
+
+def test_pair_row() -> None:
+    found = row((image(1), Text(" a red square ")), form="pairs")
+    assert said(found.input_ids) == "* a red square | </s>"
+    assert found.labels.tolist() == [IGNORED, *found.input_ids[1:].tolist()]
+    assert shown(found, 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (["a", None, "b", "", "c"], "a<image>b c<|endofchunk|></s>"),
+        ([None, None, "a"], "<image><|endofchunk|><image>a<|endofchunk|></s>"),
+        ([None, "a", None], "<image>a<|endofchunk|><image><|endofchunk|></s>"),
+        ([], "<|endofchunk|></s>"),
+    ],
+)
+def test_document_text(parts: list[str | None], text: str) -> None:
+    assert document_text(parts, WORDS) == text
+
+
+# ---------------------------------------------------------------- text that looks like special tokens
+
+
+@given(
+    st.lists(st.sampled_from(["<image>", "<|endofchunk|>", "</s>", "<", "image>", "<im", "age>", " ", "a", "<PAD>"]))
+)
+def test_no_text_makes_a_special_token(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert not any(token in plain(text, WORDS) for token in ("<image>", "<|endofchunk|>", "</s>", "<PAD>"))
+    found = row((Text(text), image(1), Text(f"a {text}"), image(2), Text("b")))
+    assert (found.input_ids == WORDS.image).sum() == 2 == len(found.images)
+    assert (found.input_ids == WORDS.endofchunk).sum() == 2
+
+
+def test_half_a_surrogate_pair_is_no_error() -> None:
+    assert said(row((image(1), Text("a \ud800 star"))).input_ids) == "* a <unk> star | </s>"
+
+
+# ---------------------------------------------------------------- cutting
+
+
+@given(max_tokens=st.integers(1, 40), seed=st.integers(0, 50))
+def test_images_are_those_whose_token_is_left_after_cutting(max_tokens: int, seed: int) -> None:
+    draw = random.Random(seed)
+    parts = [Text(samples.sentence(draw)) if draw.random() < 0.6 else image(i) for i in range(8)]
+    numbers = [i for i, part in enumerate(parts) if isinstance(part, Image)]
+    try:
+        found = row(tuple(parts), max_tokens=max_tokens, min_images=0)
+    except LeftOut as reason:
+        assert str(reason) == "no text after an image"
+        return
+    assert len(found.input_ids) <= max_tokens
+    assert shown(found, *numbers[: int((found.input_ids == WORDS.image).sum())])
+
+
+def test_images_that_are_cut_away_are_not_decoded() -> None:
+    found = row((image(1), Text("a red star"), BROKEN, Text("a square")), max_tokens=4)
+    assert said(found.input_ids) == "* a red star" and found.lost_images == []
+
+
+@pytest.mark.parametrize("max_tokens", range(4, 12))
+def test_a_long_caption_keeps_its_end_tokens(max_tokens: int) -> None:
+    found = row((image(1), Text("a red star left of the square")), form="pairs", max_tokens=max_tokens)
+    caption = ["a", "red", "star", "left", "of", "the", "square"][: max_tokens - 3]
+    assert said(found.input_ids) == " ".join(["*", *caption, "|", "</s>"])
+
+
+def test_no_room_for_a_caption_is_a_user_error() -> None:
+    with pytest.raises(ConfigError, match="max_tokens=2 has no room"):
+        row((image(1), Text("a star")), form="pairs", max_tokens=2)
+
+
+# ---------------------------------------------------------------- images that fail, and rules
+
+
+def test_an_unreadable_image_vanishes_and_the_next_takes_its_place() -> None:
+    parts = (image(1), Text("a"), BROKEN, Text("red"), Image(key="elsewhere"), Text("star"), image(2), image(3))
+    found = row((*parts, Text("square")))
+    assert said(found.input_ids) == "* a red star | * | * square | </s>"
+    assert shown(found, 1, 2, 3)
+    assert [reason.split(":")[0] for reason in found.lost_images] == ["image 1", "image 2"]
+
+
+def test_images_beyond_the_limit_leave_their_text() -> None:
+    parts = [part for i in range(5) for part in (image(i), Text("star"))]
+    found = row(tuple(parts), max_images=2)
+    assert said(found.input_ids) == "* star | * star star star star | </s>"
+    assert shown(found, 0, 1)
+
+
+def test_images_that_are_not_similar_leave_their_text() -> None:
+    parts = (image(1, similarity=0.3), Text("a"), image(2, similarity=0.1), Text("star"), image(3, similarity=0.24))
+    found = row((*parts, Text("left")), min_similarity=0.24)
+    assert said(found.input_ids) == "* a star | * left | </s>" and shown(found, 1, 3)
+    with pytest.raises(LeftOut, match="0 images"):
+        row(parts, min_similarity=0.5)
+    with pytest.raises(LeftOut, match="similarity"):
+        row((image(1, similarity=0.1), Text("a")), form="pairs", min_similarity=0.5)
+    with pytest.raises(ConfigError, match="have no similarity"):
+        row((image(1), Text("a")), min_similarity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "source", "reason"),
+    [
+        ((Text("a star"),), {}, r"0 images \(min_images\)"),
+        ((image(1), Text("a")), {"min_images": 2}, r"1 images \(min_images\)"),
+        ((Text("a"), image(1)), {"max_tokens": 2}, "no text after an image"),
+        ((Text("a star"), image(1), Text("a")), {"max_tokens": 2}, r"0 images \(min_images\)"),
+        ((image(1), Text("a")), {"drop_single_image": 1.0}, "one image"),
+        ((image(1), Text(" <image> ")), {"form": "pairs"}, "no caption"),
+        ((Text("a"),), {"form": "pairs"}, "no image"),
+    ],
+)
+def test_what_rules_leave_out(parts: tuple[Any, ...], source: dict[str, Any], reason: str) -> None:
+    with pytest.raises(LeftOut, match=reason):
+        row(parts, **source)
+
+
+def test_without_any_readable_image_nothing_is_left() -> None:
+    with pytest.raises(Unusable, match=r"image 0: Unidentified.*; image 1: its bytes are not in the shard"):
+        row((BROKEN, Image(key="x"), Text("a star")))
+    with pytest.raises(Unusable, match="image 0"):
+        row((BROKEN, Text("a star")), form="pairs")
+
+
+def test_a_document_without_images_is_all_text_where_that_is_allowed() -> None:
+    found = row((Text("a star"),), min_images=0)
+    assert said(found.labels) == said(found.input_ids) == "a star | </s>" and not found.images
+
+
+def test_coins_are_fair_and_fixed_by_seed_epoch_and_sample() -> None:
+    def dropped(sample_id: str, epoch: int) -> bool:
+        try:
+            row((image(1), Text("a")), epoch, sample_id, drop_single_image=0.5)
+        except LeftOut:
+            return True
+        return False
+
+    coins = [[dropped(f"s{i}", epoch) for i in range(200)] for epoch in (0, 1)]
+    assert coins[0] == [dropped(f"s{i}", 0) for i in range(200)]
+    assert all(60 < sum(epoch) < 140 for epoch in coins)  # 100 expected, deviation 7
+    assert 60 < sum(a != b for a, b in zip(*coins, strict=True)) < 140
+
+
+def test_flips_are_per_image() -> None:
+    parts = (image(1), Text("a"), image(2), Text("b"))
+    plain_images = [decode(image(number).data or b"", SPEC) for number in (1, 2)]
+    seen = set()
+    for epoch in range(40):
+        pair = row(parts, epoch, flip=0.5).images
+        flipped = tuple(np.array_equal(one, other[:, ::-1]) for one, other in zip(pair, plain_images, strict=True))
+        assert all(f or np.array_equal(a, b) for f, a, b in zip(flipped, pair, plain_images, strict=True))
+        seen.add(flipped)
+    assert seen == {(False, False), (False, True), (True, False), (True, True)}
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def test_tokenizers_without_the_tokens_of_training_are_refused() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ConfigError, match="has no token <image>"):
+        vocabulary(bare)
+    full = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    full.add_tokens([IMAGE_TOKEN, ENDOFCHUNK_TOKEN], special_tokens=True)
+    with pytest.raises(ConfigError, match="has no end-of-text token"):
+        vocabulary(full)
+
+
+def test_padding_that_is_the_end_token_does_not_hide_it() -> None:
+    tokenizer = samples.word_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    source = Source(data="x", form="pairs", batch=1, max_tokens=9)
+    found = to_row(Sample("a", (image(1), Text("a star"))), source, tokenizer, SPEC, 0, 0)
+    assert found.labels[-1] == tokenizer.eos_token_id
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_collate_pads_on_the_right_and_keeps_images_in_row_order() -> None:
+    first = row((image(1), Text("a red star"), image(2), Text("left")))
+    second = row((Text("a"), image(3), Text("b"), BROKEN), sample_id="second")
+    batch = collate([first, second], WORDS.pad, SPEC, [("x", "gone")], [("y", "rule")])
+    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (2, len(first.input_ids))
+    short = len(second.input_ids)
+    assert batch.input_ids[1, :short].tolist() == second.input_ids.tolist()
+    assert (batch.input_ids[1, short:] == WORDS.pad).all() and (batch.labels[1, short:] == IGNORED).all()
+    assert batch.attention_mask.sum(1).tolist() == [len(first.input_ids), short]
+    assert batch.image_counts.tolist() == [2, 1] and batch.ids == ["sample", "second"]
+    assert batch.targets == sum(int((found.labels[1:] != IGNORED).sum()) for found in (first, second))
+    assert batch.unreadable == [("x", "gone")] and batch.left_out == [("y", "rule")]
+    assert [name for name, _ in batch.lost_images] == ["second"]
+    for found, number in zip(batch.images, (1, 2, 3), strict=True):
+        pixels = torch.from_numpy(decode(image(number).data or b"", SPEC)).float() / 255
+        expected = (pixels - torch.tensor(SPEC.mean)) / torch.tensor(SPEC.std)
+        torch.testing.assert_close(found.permute(1, 2, 0), expected)

@@ -1,0 +1,202 @@
+import io
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image as Picture
+from samples import SPEC, encoded, picture
+
+from hpc_mm.config import ImageSpec
+from hpc_mm.data.batch import normalised
+from hpc_mm.data.images import MAX_PIXELS, ORIENTATION, TRANSPOSE, UnreadableImage, decode
+
+
+def spec(size: int) -> ImageSpec:
+    return ImageSpec(size, SPEC.mean, SPEC.std)
+
+
+def psnr(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """dB; infinite where both are equal."""
+    error = np.mean((one.astype(float) - other) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def real_images(folder: Path) -> list[bytes]:
+    with tarfile.open(folder / "cc12m-32.tar") as tar:
+        return [tar.extractfile(info).read() for info in tar if info.name.endswith(".jpg")]  # type: ignore[union-attr]
+
+
+def assert_equals_open_clip(data: bytes, size: int) -> None:
+    import torch
+    from open_clip.transform import image_transform
+
+    theirs = image_transform(size, is_train=False, mean=SPEC.mean, std=SPEC.std)(Picture.open(io.BytesIO(data)))
+    ours = normalised([decode(data, spec(size), draft=False)], spec(size))[0]
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+@settings(max_examples=60)
+@given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.sampled_from([1, 7, 16, 32]))
+def test_equals_open_clips_transform(width: int, height: int, size: int) -> None:
+    if max(width, height) > 50 * min(width, height):
+        return
+    assert_equals_open_clip(encoded(picture(width * 100 + height, width, height)), size)
+
+
+def test_equals_open_clips_transform_on_real_images(shared_data: Path) -> None:
+    for data in real_images(shared_data):
+        assert_equals_open_clip(data, 224)
+
+
+@pytest.mark.parametrize("size", [64, 112, 128, 224])
+def test_draft_is_close_to_full_decoding_on_real_images(shared_data: Path, size: int) -> None:
+    found = [psnr(decode(data, spec(size)), decode(data, spec(size), draft=False)) for data in real_images(shared_data)]
+    print(f"{size} px: PSNR at least {min(found):.1f} dB; {sum(np.isfinite(found))} of {len(found)} images by draft")
+    assert min(found) >= 35
+    assert np.isfinite(found).any() == (size < 224)  # the test images are at most 512 pixels high
+
+
+@pytest.mark.parametrize(("width", "height"), [(900, 700), (701, 1399), (1333, 801), (641, 643)])
+def test_draft_is_close_at_every_scale_and_odd_side(width: int, height: int) -> None:
+    draw = np.random.default_rng(width)
+    fine = Picture.fromarray(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)).resize((width, height), 3)
+    data = encoded(fine, "JPEG", quality=92)
+    for size in (32, 64, 100, 160):
+        assert psnr(decode(data, spec(size)), decode(data, spec(size), draft=False)) >= 35
+
+
+def test_draft_is_used_only_where_twice_the_size_stays() -> None:
+    data = encoded(picture(0, 640, 480), "JPEG")
+    for size, used in ((119, True), (120, True), (121, False), (240, False)):
+        same = np.array_equal(decode(data, spec(size)), decode(data, spec(size), draft=False))
+        assert same != used
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("size", [16, 60])
+def test_exif_turns(turn: int, size: int) -> None:
+    upright = picture(3, 200, 150)
+    back = {5: 5, 6: 8, 7: 7, 8: 6}.get(turn, turn)  # the turn that undoes this one
+    stored = upright.transpose(TRANSPOSE[back]) if back in TRANSPOSE else upright
+    exif = Picture.Exif()
+    exif[ORIENTATION] = turn
+    for kind in ("PNG", "JPEG"):
+        found = decode(encoded(stored, kind, exif=exif), spec(size))
+        assert psnr(found, decode(encoded(upright, kind), spec(size))) > 38
+
+
+def test_broken_exif_data_does_not_hide_a_picture() -> None:
+    data = encoded(picture(1), "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 40)
+    assert psnr(decode(data, SPEC), decode(encoded(picture(1), "JPEG"), SPEC)) > 40
+
+
+def test_cmyk() -> None:
+    data = encoded(picture(2).convert("CMYK"), "JPEG", quality=95)
+    assert psnr(decode(data, SPEC), decode(encoded(picture(2)), SPEC)) > 30
+
+
+def png(width: int, height: int, depth: int, color: int, body: bytes) -> bytes:
+    """A PNG by hand, for what Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+
+
+def test_16_bits_are_scaled_not_clipped() -> None:
+    grey = np.asarray(picture(4).convert("L"))
+    wide = grey.astype(">u2") * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in wide)
+    expected = decode(encoded(Picture.fromarray(grey)), SPEC)
+    assert np.array_equal(decode(png(40, 30, 16, 0, rows), SPEC), expected)
+    rows = b"".join(b"\0" + np.repeat(row, 3).tobytes() for row in wide)
+    assert np.array_equal(decode(png(40, 30, 16, 2, rows), SPEC), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+def test_modes(mode: str) -> None:
+    image = picture(5).convert(mode)
+    found = decode(encoded(image), SPEC)
+    assert np.array_equal(found, decode(encoded(image.convert("RGB")), SPEC))
+
+
+def test_transparent_is_white() -> None:
+    clear = Picture.new("RGBA", (40, 30), (0, 0, 0, 0))
+    grey = Picture.new("LA", (40, 30), (0, 0))
+    palette = Picture.new("P", (40, 30), 0)
+    palette.putpalette([0, 0, 0])
+    for data in (
+        encoded(clear),
+        encoded(grey),
+        encoded(palette, transparency=0),
+        encoded(palette, "GIF", transparency=0),
+        encoded(clear, "WEBP"),
+    ):
+        assert (decode(data, SPEC) == 255).all()
+
+
+def test_formats() -> None:
+    expected = decode(encoded(picture(6)), SPEC)
+    for kind in ("WEBP", "BMP", "TIFF", "AVIF", "PPM"):
+        options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "AVIF" else {}
+        assert psnr(decode(encoded(picture(6), kind, **options), SPEC), expected) > 35
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_an_animation_is_its_first_frame(kind: str) -> None:
+    frames = [Picture.new("RGB", (40, 30), color) for color in ("red", "blue", "green")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    found = decode(data, SPEC).reshape(-1, 3).mean(0)
+    assert found[0] > 240 and found[1] < 15 and found[2] < 15
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_truncated(kind: str) -> None:
+    data = encoded(picture(7, 200, 150), kind)
+    for share in (0.0, 0.01, 0.3, 0.7, 0.9):
+        with pytest.raises(UnreadableImage, match=r"\w"):
+            decode(data[: int(len(data) * share)], SPEC)
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    """A header of 400 megapixels with no pixels after it: the size is the reason, so nothing was decoded."""
+    for side in (8193, 11_000, 20_000):
+        with pytest.raises(UnreadableImage, match=r"megapixels|DecompressionBomb"):
+            decode(png(side, side, 8, 2, b""), SPEC)
+    assert 8193**2 > MAX_PIXELS >= 8192**2
+
+
+def test_a_thread_of_pixels_is_refused() -> None:
+    with pytest.raises(UnreadableImage, match="more than 50 times"):
+        decode(encoded(Picture.new("RGB", (1020, 20))), SPEC)
+    assert decode(encoded(Picture.new("RGB", (1000, 20))), SPEC).shape == (16, 16, 3)
+
+
+def test_formats_that_run_programs_are_refused() -> None:
+    with pytest.raises(UnreadableImage, match="UnidentifiedImageError"):
+        decode(encoded(picture(0), "EPS"), SPEC)
+    with pytest.raises(UnreadableImage, match="fractions"):
+        decode(encoded(picture(0).convert("F"), "TIFF"), SPEC)
+
+
+@settings(max_examples=150)
+@given(
+    kind=st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF"]),
+    places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=12),
+)
+def test_damaged_bytes_are_a_picture_or_unreadable(kind: str, places: list[tuple[float, int]]) -> None:
+    data = bytearray(encoded(picture(8), kind))
+    for place, value in places:
+        data[int(place * len(data))] = value
+    try:
+        assert decode(bytes(data), SPEC).shape == (16, 16, 3)
+    except UnreadableImage as reason:
+        assert str(reason)

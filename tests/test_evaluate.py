@@ -1,0 +1,138 @@
+"""Captions before and after training: real weights, real checkpoints, scored by our own CIDEr."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hpc_mm import checkpoint, metrics
+from hpc_mm.config import Run, with_overrides
+from hpc_mm.data.schema import Sample
+from hpc_mm.data.shards import ShardWriter
+from hpc_mm.data.store import open_store
+from hpc_mm.evaluate import Captions, evaluate, generate, main
+from hpc_mm.models.flamingo import build, load_tokenizer
+from hpc_mm.recipes.toy import toy
+
+SCRIPT = Path(__file__).resolve().parents[1] / "eval" / "toy.py"
+REFERENCES = [["a red circle", "the circle"], ["a large blue star"], ["two small squares", "of the left"]]
+SMALLER = {
+    "model.vision.architecture": '{"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}',
+    "model.language.architecture.hidden_size": "32",
+    "model.language.architecture.intermediate_size": "64",
+    "model.language.architecture.num_hidden_layers": "2",
+    "model.resampler_depth": "1",
+    "model.resampler_latents": "4",
+}
+
+
+class Objective(nn.Module):
+    """Holds the model as a training run's objective does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run with one checkpoint, at step 7, of weights that are not the first ones."""
+    with ShardWriter(open_store(str(tmp_path / "store" / "heldout")), "heldout") as writer:
+        for number, references in enumerate(REFERENCES):
+            image, text = samples.pair(number).parts
+            writer.add(Sample(f"sample{number}", (image, text), {"references": references}))
+    folder = tmp_path / "runs" / "toy"
+    folder.mkdir(parents=True)
+    samples.tokenizer([" ".join(samples.WORDS)]).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    run: Run = with_overrides(
+        toy(), {"name": "toy", "model.language.tokenizer": str(folder / "tokenizer.json"), **SMALLER}
+    )
+    (folder / "run.json").write_text(run.model_dump_json())
+    model = build(run.model, load_tokenizer(run.model.language), seed=1234)
+    accelerator = Accelerator(cpu=True)
+    checkpoint.save(accelerator, accelerator.prepare(Objective(model)), folder, {"step": 7}, keep=1)
+    return folder
+
+
+@pytest.fixture
+def options(run_folder: Path, tmp_path: Path) -> Captions:
+    return Captions(run=str(run_folder), data=str(tmp_path / "store" / "heldout"), max_new_tokens=6, batch=2)
+
+
+def rows(run_folder: Path, step: int) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_folder / "eval" / f"captions-step-{step}.jsonl").read_text().splitlines()]
+
+
+def test_captions_and_scores_before_and_after(options: Captions, run_folder: Path) -> None:
+    summary = evaluate(options)
+    assert json.loads((run_folder / "eval" / "captions.json").read_text()) == summary
+    assert [score["step"] for score in summary["scores"]] == [0, 7]
+    for score in summary["scores"]:
+        found = rows(run_folder, score["step"])
+        assert [row["id"] for row in found] == ["sample0", "sample1", "sample2"]
+        assert [row["references"] for row in found] == REFERENCES
+        captions = [str(row["caption"]) for row in found]
+        assert score["cider"] == pytest.approx(100 * metrics.cider(captions, REFERENCES))
+        assert not any("<" in caption for caption in captions), "special tokens are no part of a caption"
+    assert rows(run_folder, 0) != rows(run_folder, 7)
+    assert not list(run_folder.rglob("*.partial"))
+
+
+def test_the_same_weights_give_the_same_captions(options: Captions, run_folder: Path) -> None:
+    evaluate(options)
+    first = rows(run_folder, 0), rows(run_folder, 7)
+    evaluate(options.model_copy(update={"batch": 3}))
+    assert (rows(run_folder, 0), rows(run_folder, 7)) == first
+
+
+def test_prompts_of_different_lengths_are_padded_on_the_left(options: Captions, run_folder: Path) -> None:
+    """What stands before the image changes nothing about how many new tokens come back."""
+    run = Run.model_validate_json((run_folder / "run.json").read_text())
+    tokenizer = load_tokenizer(run.model.language)
+    model = build(run.model, tokenizer, 0).eval()
+    images = torch.randn(2, 3, 16, 16)
+    asked = options.model_copy(update={"prompt": "a red <image> the"})
+    assert len(generate(model, tokenizer, images, asked)) == 2
+
+
+def test_only_some_samples(options: Captions, run_folder: Path) -> None:
+    assert evaluate(options.model_copy(update={"samples": 2, "steps": ("7",)}))["samples"] == 2
+    assert len(rows(run_folder, 7)) == 2
+
+
+def test_the_script_prints_the_scores(options: Captions, run_folder: Path) -> None:
+    words = [f"run={run_folder}", f"data={options.data}", "max_new_tokens=6"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "CIDEr on 3 held-out images" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run="], "run=FOLDER is missing"),
+        (["run=/nowhere/at/all"], "no run at /nowhere/at/all"),
+        (["stps=0"], "did you mean steps?"),
+        (["steps=9"], "unknown step in"),
+        (["data=/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    options: Captions, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options, arguments) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint and complaint.count("\n") == 1
+
+
+def test_no_checkpoint_yet(options: Captions, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in checkpoint.finished(run_folder):
+        (path / "manifest.json").unlink()
+    assert main(options, []) == 2
+    assert "has no whole checkpoint yet" in capsys.readouterr().err
