@@ -55,7 +55,9 @@ COLORS = {
     "yellow": (244, 200, 24),
     "purple": (140, 60, 170),
 }
-RADIUS = {"large": 10.0, "small": 5.5}  # pixels
+RADIUS = {"large": 12.0, "small": 6.5}  # pixels
+JITTER = 2.5  # pixels that a thing may lie off its place, along each axis
+PAPER = (122, 117, 104)  # the mean colour of CLIP's training images: what a vision tower takes for nothing
 KINDS = ("circle", "square", "triangle", "star")
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 NEAR_COLORS = {"red": "orange", "green": "dark green", "blue": "dark blue", "yellow": "gold", "purple": "violet"}
@@ -87,7 +89,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing, two beside or above each other, or three in a row; ordered from the left or from the top."""
+    """One thing; two, beside or above each other; or two above a third. In reading order."""
 
     things: tuple[Thing, ...]
     vertical: bool = False
@@ -130,8 +132,8 @@ class Scene:
             self.caption,
             f"there are three shapes: {self.caption}",
             f"{plain[0]}, {plain[1]} and {plain[2]}",
-            f"the {colored[1]} is between the {colored[0]} and the {colored[2]}",
-            f"three shapes in a row, {colored[0]}, {colored[1]}, {colored[2]}",
+            f"the {colored[0]} and the {colored[1]} are above the {colored[2]}",
+            f"three shapes, one {colored[0]}, one {colored[1]} and one {colored[2]}",
         ]
 
     @property
@@ -142,7 +144,7 @@ class Scene:
 
 def draw_scene(random: Random, held_out: bool) -> Scene:
     while True:
-        count = random.choices((1, 2, 3), weights=(4, 13, 3))[0]
+        count = random.choices((1, 2, 3), weights=(6, 12, 2))[0]
         things = tuple(
             Thing(random.choice(list(RADIUS)), random.choice(list(COLORS)), random.choice(KINDS)) for _ in range(count)
         )
@@ -154,16 +156,18 @@ def draw_scene(random: Random, held_out: bool) -> Scene:
 # ---------------------------------------------------------------- pictures
 
 
+PLACES = {  # (x, y) in pixels, by (number of things, vertical)
+    (1, False): [(32, 32)],
+    (2, False): [(16, 32), (48, 32)],
+    (2, True): [(32, 16), (32, 48)],
+    (3, False): [(16, 16), (48, 16), (32, 48)],
+}
+
+
 def centres(scene: Scene, random: Random) -> list[tuple[float, float]]:
-    """(x, y) of each thing in pixels: well apart along the scene's axis, nearly level across it."""
-    if len(scene.things) == 1:
-        return [(random.uniform(13, 51), random.uniform(13, 51))]
-    if len(scene.things) == 3:
-        level = random.uniform(14, 50)
-        return [(x + random.uniform(-0.5, 0.5), level + random.uniform(-3, 3)) for x in (11, 32, 53)]
-    level = random.uniform(16, 48)
-    points = [(random.uniform(low, low + 9), level + random.uniform(-4, 4)) for low in (12, 43)]
-    return [(y, x) for x, y in points] if scene.vertical else points
+    """Of each thing, in pixels."""
+    places = PLACES[len(scene.things), scene.vertical]
+    return [(x + random.uniform(-JITTER, JITTER), y + random.uniform(-JITTER, JITTER)) for x, y in places]
 
 
 def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
@@ -179,8 +183,9 @@ def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, f
 
 def render(scene: Scene, random: Random) -> bytes:
     """The scene as a PNG; places, shades and the background vary."""
-    paper = random.randint(225, 250)
-    picture = Picture.new("RGB", (PIXELS * OVERSAMPLE, PIXELS * OVERSAMPLE), (paper, paper, paper))
+    shade = random.randint(-8, 8)
+    paper = tuple(value + shade for value in PAPER)
+    picture = Picture.new("RGB", (PIXELS * OVERSAMPLE, PIXELS * OVERSAMPLE), paper)
     canvas = ImageDraw.Draw(picture)
     for thing, (x, y) in zip(scene.things, centres(scene, random), strict=True):
         radius = RADIUS[thing.size] * random.uniform(0.92, 1.0) * OVERSAMPLE

@@ -221,5 +221,6 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != weights[name].shape:
-                raise ValueError(f"{checkpoint}: {name} has shape {tuple(weights[name].shape)}, not {tuple(parameter.shape)}")
+                shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
+                raise ValueError(f"{checkpoint}: {name} has shape {shapes}")
             parameter.copy_(weights[name])

@@ -61,10 +61,10 @@ class Records:
         with self.file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
         logger.info(
-            "step %d/%d  loss %.4f  lr %.2e  %.1f samples/s  waiting for data %.0f %%",
+            "step %d/%d  loss %s  lr %.2e  %.1f samples/s  waiting for data %.0f %%",
             record["step"],
             self.steps,
-            record["loss"],
+            "none: skipped" if record["loss"] is None else format(record["loss"], ".4f"),
             record["lr"],
             record["samples_per_s"],
             100 * record["data_wait"],

@@ -79,7 +79,8 @@ class Progress:
 
     def figures(self, step: int, start: float, newest: dict[str, Any]) -> str:
         """Speed is taken since ``step`` at time ``start``: ``step 120/600  loss 1.234  85.2 samples/s  1:05 left``"""
-        words = [f"step {newest['step']}/{self.steps}", f"loss {newest['loss']:.3f}"]
+        loss = "none: skipped" if newest["loss"] is None else f"{newest['loss']:.3f}"
+        words = [f"step {newest['step']}/{self.steps}", f"loss {loss}"]
         words.append(f"{newest['samples_per_s']:.1f} samples/s")
         if newest["step"] > step:
             left = (newest["time"] - start) / (newest["step"] - step) * (self.steps - newest["step"])

@@ -38,7 +38,7 @@ code, pre { font: 13px/1.5 ui-monospace, monospace; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
 .samples { grid-template-columns: repeat(auto-fill, minmax(min(320px, 100%), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: 16px; margin: 0; }
-.tile b { display: block; font-size: 26px; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 24px; line-height: 1.25; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 14px; }
 .chart figcaption { font-weight: 600; margin-bottom: 4px; }
 .chart svg { display: block; width: 100%; height: auto; color: var(--soft); }
@@ -192,8 +192,8 @@ def curves(run: Run, records: list[Record]) -> str:
     if len(run.sources) > 1:
         losses += [line(records, f"loss/{name}", name) for name in run.sources]
     figures = [
-        chart("Loss", "cross-entropy per target token, nats", losses),
-        chart("Learning rate", "of AdamW", [line(records, "lr", "learning rate")]),
+        chart("Loss", "nats per target token", losses),
+        chart("Learning rate", "AdamW", [line(records, "lr", "learning rate")]),
         chart("Throughput", "samples per second", [line(records, "samples_per_s", "samples/s")]),
         chart(
             "Where time and tokens go",

@@ -1,4 +1,4 @@
-"""What each rank runs: ``accelerate launch ... -m hpc_mm.train run=runs/NAME``. One loop for every model and strategy."""
+"""What each rank runs: ``accelerate launch ... -m hpc_mm.train run=runs/NAME``. One loop, whatever the strategy."""
 
 from __future__ import annotations
 
@@ -120,9 +120,10 @@ class Training:
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run, self.folder = run, folder
-        self.accelerator = make_accelerator(run)
         tokenizer = load_tokenizer(run.model.language)
+        # Before accelerate: under ZeRO-3 it tells transformers to make empty, already divided parameters.
         self.model = build(run.model, tokenizer, run.train.seed)
+        self.accelerator = make_accelerator(run)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, run.train),
             lr=run.train.learning_rate,
@@ -188,6 +189,8 @@ class Training:
             for name, batch in batches.items():
                 for key, reason in batch.unreadable:
                     logger.warning("%s: unreadable sample %s: %s", name, key, reason)
+                for key, reason in batch.lost_images:
+                    logger.warning("%s: sample %s goes on without an image: %s", name, key, reason)
         return found
 
     def step(self, micro_batches: list[MicroBatch], rate: float) -> float:

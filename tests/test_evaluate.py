@@ -27,6 +27,7 @@ SMALLER = {
     "model.language.architecture.hidden_size": "32",
     "model.language.architecture.intermediate_size": "64",
     "model.language.architecture.num_hidden_layers": "2",
+    "model.language.architecture.tie_word_embeddings": "false",  # a tied one says its last input again
     "model.resampler_depth": "1",
     "model.resampler_latents": "4",
 }
@@ -110,7 +111,7 @@ def test_the_script_prints_the_scores(options: Captions, run_folder: Path) -> No
     words = [f"run={run_folder}", f"data={options.data}", "max_new_tokens=6"]
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "CIDEr on 3 held-out images" in done.stdout
+    assert "CIDEr x 100" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_the_printed_job_of_omnicorpus(
     assert main(["recipe=omnicorpus", "nodes=8", "cluster=print"]) == 0
     printed = capsys.readouterr().out.replace(str(Path(sys.executable).parent), "/home/me/hpc_mm/.venv/bin")
     assert printed == GOLD.read_text(), f"if this change is meant, write the printed job into {GOLD}"
+    assert GOLD.read_text().rstrip() in (ROOT / "README.md").read_text()
     assert subprocess.run(["/bin/bash", "-n"], input=printed, text=True).returncode == 0
 
 

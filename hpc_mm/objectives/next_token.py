@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,11 +16,16 @@ IGNORED = -100  # the label of a token that is no target
 class TextBatch(Protocol):
     """What the objective reads of a batch: (B, T) ids, mask and labels, (N, 3, S, S) images, (B,) image counts."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    images: Tensor
-    image_counts: Tensor
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def attention_mask(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def image_counts(self) -> Tensor: ...
 
 
 def next_token(model: Callable[..., Tensor], batch: TextBatch) -> Tensor:
@@ -35,4 +39,4 @@ def next_token(model: Callable[..., Tensor], batch: TextBatch) -> Tensor:
     wanted = targets[positions[:, :-1]]
     if not len(wanted):
         return logits.sum() * 0.0  # keeps every parameter in the graph
-    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
+    return functional.cross_entropy(logits.float(), wanted, reduction="sum")

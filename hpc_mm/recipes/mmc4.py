@@ -1,6 +1,6 @@
 """OpenFlamingo-3B as released: MMC4 by image-text similarity, and LAION pairs (8 x 8 GPUs)."""
 
-from hpc_mm.config import Flamingo, Language, Run, Source, Train, Vision
+from hpc_mm.config import Flamingo, Language, Run, Slurm, Source, Train, Vision
 
 
 def mmc4() -> Run:
@@ -28,4 +28,5 @@ def mmc4() -> Run:
         precision="fp32",
         nodes=8,
         gpus_per_node=8,
+        slurm=Slurm(cpus_per_task=64, memory="0"),  # whole nodes
     )

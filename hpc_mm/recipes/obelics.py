@@ -1,6 +1,6 @@
 """Llama-3-8B with a cross-attention block every fourth layer on OBELICS and LAION pairs (8 x 8 GPUs)."""
 
-from hpc_mm.config import Flamingo, Language, Run, Source, Train, Vision
+from hpc_mm.config import Flamingo, Language, Run, Slurm, Source, Train, Vision
 
 
 def obelics() -> Run:
@@ -26,4 +26,5 @@ def obelics() -> Run:
         precision="bf16",
         nodes=8,
         gpus_per_node=8,
+        slurm=Slurm(cpus_per_task=64, memory="0"),  # whole nodes
     )

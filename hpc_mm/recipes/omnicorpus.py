@@ -1,6 +1,6 @@
 """OpenFlamingo-3B on OmniCorpus-CC and LAION pairs, with the published values (8 x 8 GPUs)."""
 
-from hpc_mm.config import Flamingo, Language, Run, Source, Train, Vision
+from hpc_mm.config import Flamingo, Language, Run, Slurm, Source, Train, Vision
 
 
 def omnicorpus() -> Run:
@@ -26,4 +26,5 @@ def omnicorpus() -> Run:
         precision="bf16",
         nodes=8,
         gpus_per_node=8,
+        slurm=Slurm(cpus_per_task=64, memory="0"),  # whole nodes
     )

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -156,6 +157,7 @@ def test_the_hand_written_script_runs_a_run_folder(user: dict[str, str], tmp_pat
         (run / f"rank{rank}.json").unlink()
     command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--mem=2G", f"--output={tmp_path}/hand.log"]
     script = tmp_path / "checkout" / "sbatch" / "train.sbatch"
+    user["PATH"] = f"{Path(sys.executable).parent}:{user['PATH']}"  # as activating its environment does
     job = subprocess.run([*command, str(script), str(run)], env=user, capture_output=True, text=True, check=True)
     assert wait(job.stdout.strip()) == "COMPLETED", (tmp_path / "hand.log").read_text()
     assert [facts(run, rank)["SLURM_NODEID"] for rank in range(2)] == ["0", "1"]

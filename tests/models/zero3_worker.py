@@ -65,7 +65,8 @@ def main(family: str, tokenizer_file: str) -> None:
         torch.testing.assert_close(mean, expected.detach(), atol=1e-4, rtol=0)
     ids, mask, images, counts = ragged(left=True)
     how = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
-    found = engine.eval().module.generate(ids, mask, images, counts, **how)
+    engine.eval()
+    found = engine.module.generate(ids, mask, images, counts, **how)
     assert torch.equal(found, whole.eval().generate(ids, mask, images, counts, **how))
     print("equal tokens")
     dist.destroy_process_group()
