@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 # What is left out after tokenising. Lower-cased brackets (-lrb-) are not on the list and stay, as in the reference.
 DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+# Single characters that the reference turns into one of those: quotation marks, dashes, an ellipsis.
+DROPPED |= frozenset('"\u2018\u2019\u201c\u201d\u00ab\u00bb\u2039\u203a\u2010\u2011\u2013\u2014\u2026')
 
 # Words that keep their full stop: in any case, with a capital only, before a number only.
 ABBREVIATIONS = (
@@ -51,23 +53,10 @@ ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'"
 SYMBOLS = {
     **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
     **{"£": "#", "€": "$", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"},
-    **{
-        "\u2010": "-",
-        "\u2011": "-",
-        "\u2013": "--",
-        "\u2014": "--",
-        "\u2026": "...",
-        "\u2019": "'",
-        "\u2018": "`",
-        "\u00ab": "``",
-        "\u00bb": "''",
-    },
-    **{"\u201c": "``", "\u201d": "''", "\u2039": "`", "\u203a": "'", '"': "''"},
 }
 
-NUMERAL = (
-    r"\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u218b\u2460-\u249b"  # Python counts them as word characters
-)
+# Python counts these as word characters: superscripts, fractions, Roman and circled numbers.
+NUMERAL = r"\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u218b\u2460-\u249b"
 L = rf"[^\W\d_{NUMERAL}]"  # a letter
 N = rf"[^\W_{NUMERAL}]"  # a letter or a digit
 Q = r"['\u2019]"  # an apostrophe
@@ -78,7 +67,9 @@ HYPHENED = (
     rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:{HYPHEN}(?:[A-Za-z](?:\.[A-Za-z])+\.|[dDoOlL]{Q}{WORD}|[A-Za-z0-9]+))+"
     rf"|{WORD}(?:{HYPHEN}{N}+)+"
 )
-FORMS = {
+SPLIT_WORDS = "|".join(word for word in JOINED if word.isalpha())
+FORMS = {  # in the order in which they are tried
+    "plain": rf"(?!(?:{SPLIT_WORDS}) )[a-z]+(?= )",  # most words: no other form has to be tried
     "bracket": r"-(?i:[lr][crs]b)-",
     "entity": "|".join([*ENTITIES, r"&\#\d+;"]),
     "capitals": r"[A-Z]+(?:[&+][A-Z]+)+",
@@ -96,7 +87,7 @@ FORMS = {
     "hyphened": HYPHENED,
     "negated": rf"{L}{N}*?(?=[nN](?:{Q}|`)[tT])",
     "suffixed": rf"{WORDS}(?={Q}(?i:s|m|d|ll|ve|re)(?!{L}))|[yY]{Q}",
-    "joined": rf"(?:(?i:cannot|gimme|gonna|gotta|lemme|wanna)|{Q}(?i:tis|twas))(?!{N})",
+    "joined": rf"(?:(?i:{SPLIT_WORDS})|{Q}(?i:tis|twas))(?!{N})",
     "suffix": rf"{Q}(?i:s|m|d|ll|ve|re)(?!{L})",
     "elided": rf"(?:[dDoOlL]{Q}{WORD}|[A-HJ-XZn]{Q}{L}{L}+|{L}+[aeiouyAEIOUY]{Q}[aeiouA-Z]{L}*)"
     rf"|(?i:c{Q}mon|s{Q}mores|ev{Q}ry|li{Q}l|nat{Q}l|e{Q}er|nor{Q}easter|c{Q}est)"
@@ -135,6 +126,8 @@ def tokenize(captions: Iterable[str]) -> list[list[str]]:
 
 def _tokens(form: str | None, text: str) -> list[str]:
     """What one match stands for. White space inside a token separates words to the metrics, so it does here."""
+    if form == "plain":
+        return [text]
     text = text.lower()
     if form == "joined":
         return JOINED[text.replace("\u2019", "'")].split()

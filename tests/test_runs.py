@@ -1,41 +1,19 @@
 """Whole runs on this machine: through the launcher, with the real model, data and strategies, at toy size."""
 
-import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkout import ROOT, environment, launch
+from runs import LOCAL, SMALL, lines, losses
 
 from hpc_mm.data.schema import Sample, Text
 from hpc_mm.data.shards import ShardReader, ShardWriter, read_manifest
 from hpc_mm.data.store import open_store
 from hpc_mm.data.stream import Order
-
-# Small enough for seconds, with every part of the toy model in it; batches divide over 1 to 4 ranks.
-SMALL = [
-    "recipe=toy",
-    "sources.documents.batch=4",
-    "sources.pairs.batch=8",
-    "train.log_every=1",
-    "train.warmup=2",
-    "train.steps=6",
-    "loader.workers=0",
-]
-LOCAL = ["cluster=local", *SMALL]
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> list[list[float]]:
-    """Both sources' losses, step by step."""
-    return [[line["loss/documents"], line["loss/pairs"]] for line in lines(run)]
 
 
 def go(folder: Path, store: Path, *words: str) -> Path:

@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from checkout import environment, facts, launch, make_checkout, make_store, write_train
+from jobs import job_of, wait
 
 pytestmark = pytest.mark.usefixtures("slurm")
 
@@ -18,24 +18,6 @@ def user(tmp_path: Path) -> dict[str, str]:
     checkout = make_checkout(tmp_path / "checkout")
     make_store(str(tmp_path / "store"))
     return environment(checkout, tmp_path)
-
-
-def job_of(folder: Path) -> str:
-    return (folder / "submissions" / "001" / "job_id").read_text().strip()
-
-
-def wait(job: str, seconds: int = 120) -> str:
-    """The state in which a job has ended."""
-    for _ in range(seconds * 2):
-        if not subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout:
-            break
-        time.sleep(0.5)
-    for _ in range(40):  # accounting comes a little later
-        state = subprocess.run(["sacct", "-nXj", job, "-o", "State"], capture_output=True, text=True).stdout.split()
-        if state and state[0] not in ("PENDING", "RUNNING"):
-            return state[0]
-        time.sleep(0.5)
-    raise AssertionError(f"job {job} does not end")
 
 
 def test_a_job_reaches_every_node(user: dict[str, str], tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""Slurm jobs that a test waits for."""
+
+import subprocess
+import time
+from pathlib import Path
+
+
+def job_of(folder: Path) -> str:
+    return (folder / "submissions" / "001" / "job_id").read_text().strip()
+
+
+def wait(job: str, seconds: int = 120) -> str:
+    """The state in which a job has ended."""
+    for _ in range(seconds * 2):
+        if not subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout:
+            break
+        time.sleep(0.5)
+    for _ in range(40):  # accounting comes a little later
+        state = subprocess.run(["sacct", "-nXj", job, "-o", "State"], capture_output=True, text=True).stdout.split()
+        if state and state[0] not in ("PENDING", "RUNNING"):
+            return state[0]
+        time.sleep(0.5)
+    raise AssertionError(f"job {job} does not end")

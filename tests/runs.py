@@ -1,0 +1,26 @@
+"""Small runs of the toy recipe, and what they left in their folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Small enough for seconds, with every part of the toy model in it; batches divide over 1 to 4 ranks.
+SMALL = [
+    "recipe=toy",
+    "sources.documents.batch=4",
+    "sources.pairs.batch=8",
+    "train.log_every=1",
+    "train.warmup=2",
+    "train.steps=6",
+    "loader.workers=0",
+]
+LOCAL = ["cluster=local", *SMALL]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[list[float]]:
+    """Both sources' losses, step by step."""
+    return [[line["loss/documents"], line["loss/pairs"]] for line in lines(run)]
