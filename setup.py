@@ -4,7 +4,7 @@ TRAIN = [
     "torch>=2.6",
     "torchvision",  # open_clip's
     "open_clip_torch>=2.30",  # vision towers
-    "transformers>=5.0",  # language models and tokenizers
+    "transformers>=5.4",  # language models and tokenizers
     "accelerate>=1.5",
     "deepspeed>=0.16",
     "ninja",  # DeepSpeed compiles its host operations with it

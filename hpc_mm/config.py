@@ -58,7 +58,7 @@ class Language(Part):
     architecture: dict[str, Any] = Field(
         {}, description="transformers config (with model_type) of a random model of your own, in place of name"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model (MPT-1B needs it)")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
 TrainablePart = Literal["vision", "language", "resampler", "cross_attention", "new_tokens"]

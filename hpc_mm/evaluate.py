@@ -169,7 +169,7 @@ def write(path: Path, text: str) -> None:
 
 
 def show(summary: dict[str, Any]) -> None:
-    table = Table(title=f"CIDEr on {summary['samples']} held-out images")
+    table = Table(title=f"{summary['samples']:,} held-out images")
     table.add_column("step", justify="right")
     table.add_column("CIDEr x 100", justify="right")
     for score in summary["scores"]:

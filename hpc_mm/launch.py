@@ -141,9 +141,6 @@ def here(run: Run, folder: Path) -> int:
     from hpc_mm import local, slurm
     from hpc_mm.submission import frozen_tokenizer, last_slurm_job, locked, next_submission, write
 
-    run, reason = local.with_strategy_of_here(run)
-    if reason:
-        print(reason)
     local.check(run)
     check_data(run)
     run, tokenizer = frozen_tokenizer(run, folder)

@@ -15,30 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from hpc_mm.command import Submission, accelerate_line, environment, uses_deepspeed
+from hpc_mm.command import Submission, accelerate_line, environment
 from hpc_mm.config import ConfigError, Run
 from hpc_mm.progress import Progress
 
 ADDRESS = "127.0.0.1"
 GRACE = 40  # seconds between SIGTERM and SIGKILL: torch's own agent gives its workers 30
 LAST_LINES = 20
-
-
-def with_strategy_of_here(run: Run) -> tuple[Run, str]:
-    """The run as this machine can do it, and why that differs: on CPU, DeepSpeed compiles an operation first."""
-    if run.gpus_per_node or not uses_deepspeed(run.strategy):
-        return run, ""
-    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
-    lacking = [
-        name
-        for name, programs in (("C++ compiler", ("c++", "g++", "clang++")), ("ninja", ("ninja",)))
-        if not any(shutil.which(program, path=path) for program in programs)
-    ]
-    if not lacking:
-        return run, ""
-    lack = " and no ".join(lacking)
-    reason = f"strategy {run.strategy} -> ddp: DeepSpeed compiles an operation on CPU, and there is no {lack} here"
-    return run.model_copy(update={"strategy": "ddp"}), reason
 
 
 def check(run: Run) -> None:

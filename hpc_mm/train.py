@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from hpc_mm.meter import Records, memory_gb, peak_flops
 from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
 from hpc_mm.objectives.next_token import next_token
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hpc_mm.train")  # __name__ is __main__ on a rank
 
 MicroBatch = dict[str, Batch]  # by source
 
@@ -319,6 +320,7 @@ def make_accelerator(run: Run) -> Any:
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if run.gpus_per_node == 0:  # not Accelerator(cpu=True), which turns DeepSpeed off without a word
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        _without_shared_memory_op()
     accelerator = Accelerator(gradient_accumulation_steps=run.train.accumulate, kwargs_handlers=handlers)
     if accelerator.num_processes != run.world_size:
         raise ConfigError(f"{accelerator.num_processes} processes were started, but the run wants {run.world_size}")
@@ -331,6 +333,18 @@ def make_accelerator(run: Run) -> Any:
             gradient_clipping=run.train.clip,
         )
     return accelerator
+
+
+def _without_shared_memory_op() -> None:
+    """On CPU, let DeepSpeed use gloo alone.
+
+    Its own shared-memory reduction is compiled at the first use, for a minute or more, and a build that is killed
+    leaves a lock on which every later run waits for ever.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Run, Path]:

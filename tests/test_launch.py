@@ -279,18 +279,6 @@ def trainers(folder: Path) -> list[str]:
     return found
 
 
-def test_without_a_compiler_a_cpu_run_takes_ddp(user: dict[str, str], tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "python").symlink_to(sys.executable)
-    result = launch({**user, "PATH": str(tools)}, "recipe=toy", "cluster=local", "nodes=1")
-    assert result.returncode == 0, result.stderr
-    assert (
-        "strategy zero2 -> ddp: DeepSpeed compiles an operation on CPU, and there is no C++ compiler" in result.stdout
-    )
-    assert json.loads((tmp_path / "runs" / "toy" / "run.json").read_text())["strategy"] == "ddp"
-
-
 def test_metrics_are_read_as_whole_lines(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n')

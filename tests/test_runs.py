@@ -18,7 +18,8 @@ from hpc_mm.data.stream import Order
 
 def go(folder: Path, store: Path, *words: str) -> Path:
     """Launch a small run that must end well; its folder."""
-    result = launch(environment(ROOT, folder, HPC_MM_STORE=str(store)), *LOCAL, *words)
+    values = environment(ROOT, folder, HPC_MM_STORE=str(store), TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
+    result = launch(values, *LOCAL, *words)
     assert result.returncode == 0, result.stdout + result.stderr
     name = next((word.partition("=")[2] for word in words if word.startswith("name=")), "toy")
     return folder / "runs" / name
@@ -57,6 +58,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(
     run = go(tmp_path, shapes, *split)
     for found, expected in zip(losses(run), losses(alone), strict=True):
         assert found == pytest.approx(expected, rel=2e-4)
+    assert not (tmp_path / "extensions").exists(), "something was compiled, which nobody should wait for"
 
 
 def test_a_rank_without_images_does_not_hang_the_others_under_zero3(shapes: Path, tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ class FlamingoModel(nn.Module):
         ``how`` is for transformers: max_new_tokens, num_beams, ... It ends at ``<|endofchunk|>`` unless told otherwise.
         Each image is encoded once, whatever the number of beams.
         """
-        how = {"eos_token_id": self.end_id, "pad_token_id": self.pad_id, **how}
+        # use_cache: MPT's config.json turns it off, which was meant for training
+        how = {"eos_token_id": self.end_id, "pad_token_id": self.pad_id, "use_cache": True, **how}
         with self._conditioned(input_ids, images, image_counts, keep=True):
             return self.language.generate(input_ids=input_ids, attention_mask=attention_mask, **how)  # type: ignore[no-any-return]
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN, ConfigError, Language, unknown
+from hpc_mm.models import mosaic_gpt  # noqa: F401  # known to transformers once imported
 
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>")  # how a bare tokenizer.json may call it
 
@@ -102,6 +103,8 @@ def _pretrained(language: Language) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"language.name={language.name!r}: {str(error).strip().splitlines()[0]}") from None
+    except StrictDataclassError as error:
+        raise ConfigError(f"language.name={language.name!r}: {str(error).splitlines()[-1].strip()}") from None
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
         raise ConfigError(f"language.name={language.name!r}: {len(missing)} weights are missing, such as {missing[0]}")

@@ -8,7 +8,7 @@ def omnicorpus() -> Run:
         name="omnicorpus",
         model=Flamingo(
             vision=Vision(name="ViT-L-14-quickgelu", pretrained="openai"),
-            language=Language(name="anas-awadalla/mpt-1b-redpajama-200b", trust_remote_code=True),
+            language=Language(name="anas-awadalla/mpt-1b-redpajama-200b"),
             cross_attn_every_n_layers=1,
         ),
         sources={

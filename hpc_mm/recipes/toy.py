@@ -8,7 +8,7 @@ def toy() -> Run:
         name="toy",
         model=Flamingo(
             vision=Vision(
-                architecture={"image_size": 64, "patch_size": 8, "layers": 3, "width": 128, "head_width": 32},
+                architecture={"image_size": 64, "patch_size": 16, "layers": 3, "width": 128, "head_width": 32},
                 tokens="after_ln_post",
             ),
             language=Language(
@@ -23,23 +23,24 @@ def toy() -> Run:
                     "tie_word_embeddings": True,
                 },
             ),
-            resampler_depth=2,
-            resampler_latents=16,
+            resampler_depth=1,
+            resampler_latents=8,
             trainable=("vision", "language", "resampler", "cross_attention", "new_tokens"),
         ),
         sources={
             "documents": Source(
-                data="shapes/train-documents", form="interleaved", batch=12, max_tokens=96, max_images=4
+                data="shapes/train-documents", form="interleaved", batch=4, max_tokens=96, max_images=4
             ),
-            "pairs": Source(data="shapes/train-pairs", form="pairs", batch=24, weight=1.0, max_tokens=32, max_images=1),
+            "pairs": Source(data="shapes/train-pairs", form="pairs", batch=24, max_tokens=32, max_images=1),
         },
         train=Train(
-            steps=600,
-            learning_rate=1e-3,
+            steps=450,
+            learning_rate=2e-3,
             schedule="cosine",
-            warmup=50,
+            warmup=40,
+            betas=(0.9, 0.98),
             weight_decay=0.01,
-            save_every=200,
+            save_every=150,
         ),
         loader=Loader(workers=0),
         strategy="zero2",

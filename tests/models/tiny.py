@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_seq_len": 64,
         "vocab_size": 72,  # as MPT's own table, longer than its tokenizer
     },
+    "mosaic_gpt": {"model_type": "mosaic_gpt", "d_model": 32, "n_layers": 4, "n_heads": 4, "vocab_size": 72},
 }
 TOWER = {"image_size": 16, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
 BATCH = tuple[Tensor, Tensor, Tensor, Tensor]
