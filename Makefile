@@ -1,8 +1,8 @@
-# Three words: make demo, make test, make check. Each makes .venv first; a second call finds it.
+# Words: make demo, make test, make check, make bench. Each makes .venv first; a second call finds it.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check cluster clean
+.PHONY: demo test check bench cluster clean
 
 # The main job at toy size: makes a corpus, trains on two local nodes, captions held-out images, writes a report.
 demo: .venv/train.stamp
@@ -19,6 +19,10 @@ check: .venv/all.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Side by side with peers; each prints ratios.
+bench: .venv/all.stamp
+	$(BIN)/python benchmarks/cold_start.py
 
 # Debian, root: installs and starts a Slurm of 4 nodes and a Ceph on this machine (tests/cluster/*.sh down ends them).
 cluster:
