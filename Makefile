@@ -5,9 +5,11 @@ BIN := .venv/bin
 .PHONY: demo test check bench cluster clean
 
 # The main job at toy size: makes a corpus, trains on two local nodes, captions held-out images, writes a report.
+demo: export HPC_MM_STORE = demo/data
+demo: export HPC_MM_RUNS = demo/runs
 demo: .venv/train.stamp
-	$(BIN)/python data_prep/shapes.py out=demo/data seed=0
-	HPC_MM_STORE=demo/data HPC_MM_RUNS=demo/runs $(BIN)/python -m hpc_mm.launch recipe=toy nodes=2 cluster=local
+	$(BIN)/python data_prep/shapes.py seed=0
+	$(BIN)/python -m hpc_mm.launch recipe=toy nodes=2 cluster=local
 	$(BIN)/python eval/toy.py run=demo/runs/toy
 	$(BIN)/python -m hpc_mm.report run=demo/runs/toy
 

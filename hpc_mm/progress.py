@@ -51,7 +51,7 @@ class Progress:
             self.task = self.bar.add_task("training", total=self.steps, figures="")
 
     def __enter__(self) -> Progress:
-        message = "starting: the first step takes longest (imports, compilation, reading ahead)"
+        message = "starting: the first step takes longest (imports, reading ahead)"
         if self.bar:
             self.bar.start()
             self.bar.update(self.task, figures=message)
