@@ -6,7 +6,7 @@ TRAIN = [
     "open_clip_torch>=2.30",  # vision towers
     "transformers>=5.4",  # language models and tokenizers
     "accelerate>=1.5",
-    "deepspeed>=0.16",
+    "deepspeed>=0.19",  # from here on it skips a step whose gradient is not finite
     "ninja",  # DeepSpeed compiles its host operations with it
     "safetensors>=0.4",
     "pillow>=11",

@@ -3,21 +3,26 @@
     python data_prep/mmc4.py source=mmc4/ images=s3://images out=s3://corpora/mmc4 tasks=256 task=0
 
 ``source`` holds allenai/mmc4's docs_shard_*.jsonl.zip files, or the JSON lines in them. Images under 11,000 bytes are
-left out, as in OpenFlamingo's training. The corpus is ODC-BY; the images belong to their owners.
+left out, and so are those less similar than 0.24 to their sentence, which itself stays; both as in OpenFlamingo's
+training. A document without any image left is left out. The corpus is ODC-BY; the images belong to their owners.
 """
 
 import sys
 from collections.abc import Mapping
 
+import numpy as np
 from pydantic import Field
 
 from hpc_mm import prepare
 from hpc_mm.data.documents import BrokenRecord, Record, assigned_parts, matrix
-from hpc_mm.data.schema import Sample
+from hpc_mm.data.schema import Sample, Text
 
 
 class Mmc4(prepare.Preparation):
     min_image_bytes: int = Field(11_000, ge=0, description="smaller image files, mostly icons, are left out")
+    min_similarity: float | None = Field(
+        0.24, description="images less similar to their sentence are left out; 0 keeps all"
+    )
 
 
 def urls(record: Record, options: Mmc4) -> list[str]:
@@ -32,7 +37,9 @@ def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options
         raise BrokenRecord("text_list or similarity_matrix is missing")
     similarity = matrix(record["similarity_matrix"])
     parts = assigned_parts(record["text_list"], urls(record, options), similarity, images)
-    return Sample(sample_id, parts, {"url": record.get("url")})
+    smallest = options.min_similarity or -np.inf
+    kept = (part for part in parts if isinstance(part, Text) or part.facts["similarity"] >= smallest)
+    return Sample(sample_id, tuple(kept), {"url": record.get("url")})
 
 
 if __name__ == "__main__":

@@ -3,22 +3,36 @@
     python data_prep/omnicorpus.py source=OmniCorpus-CC/ images=s3://images out=s3://corpora/omnicorpus tasks=512 task=0
 
 ``source`` holds the parquet files of OpenGVLab/OmniCorpus-CC (or -CC-210M), or the same as JSON lines. The documents
-with similarities (``sentences``, ``matrix``, ``images_info``) are placed by them. Text and URLs are CC-BY-4.0; the
-images belong to their owners.
+with similarities (``sentences``, ``matrix``, ``images_info``) are placed by them, and their images under 11,000
+bytes are left out, as in its authors' training. Text and URLs are CC-BY-4.0; the images belong to their owners.
 """
 
 import sys
 from collections.abc import Mapping
 
 import numpy as np
+from pydantic import Field
 
 from hpc_mm import prepare
 from hpc_mm.data.documents import BrokenRecord, Record, assigned_parts, matrix, natural_parts, natural_urls
 from hpc_mm.data.schema import Sample
 
 
-def urls(record: Record, options: prepare.Documents) -> list[str]:
-    return image_urls(record) if "matrix" in record else natural_urls(record)
+class OmniCorpus(prepare.Documents):
+    min_placed_image_bytes: int = Field(
+        11_000, ge=0, description="smaller image files of documents with similarities are left out"
+    )
+
+    def smallest(self, record: Record) -> int:
+        return max(self.min_image_bytes, self.min_placed_image_bytes if has_matrix(record) else 0)
+
+
+def has_matrix(record: Record) -> bool:
+    return record.get("matrix") is not None
+
+
+def urls(record: Record, options: OmniCorpus) -> list[str]:
+    return image_urls(record) if has_matrix(record) else natural_urls(record)
 
 
 def image_urls(record: Record) -> list[str]:
@@ -28,8 +42,8 @@ def image_urls(record: Record) -> list[str]:
         raise BrokenRecord("images_info has no name") from None
 
 
-def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options: prepare.Documents) -> Sample:
-    if "matrix" not in record:
+def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options: OmniCorpus) -> Sample:
+    if not has_matrix(record):
         facts = {"general_metadata": record.get("general_metadata")}
         return Sample(sample_id, natural_parts(record, images, options.max_images), facts)
     try:
@@ -44,4 +58,4 @@ def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options
 
 
 if __name__ == "__main__":
-    sys.exit(prepare.main(prepare.Documents, urls, arrange))
+    sys.exit(prepare.main(OmniCorpus, urls, arrange))

@@ -184,9 +184,12 @@ def _flush(path: Path) -> None:
 
 
 def _prune(run_folder: Path, keep: int) -> None:
-    for old in finished(run_folder)[:-keep]:
-        (old / MANIFEST).unlink()  # no longer a checkpoint, whatever happens next
-        shutil.rmtree(old)
+    """Remove all but the newest, and what a killed process left of older ones."""
+    kept = finished(run_folder)[-keep:]
+    for old in run_folder.glob("checkpoints/step-*"):
+        if old.name < kept[-1].name and old not in kept:
+            (old / MANIFEST).unlink(missing_ok=True)  # no longer a checkpoint, whatever happens next
+            shutil.rmtree(old)
 
 
 # ---------------------------------------------------------------- loading

@@ -24,6 +24,7 @@ STORE_PREFIX = "store:"  # marks a file that lies in the site's store
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(Exception):
@@ -33,7 +34,9 @@ class ConfigError(Exception):
 class Part(BaseModel):
     """One group of values. An unknown name is an error; a finished part never changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), defer_build=True, allow_inf_nan=False
+    )
 
 
 # ---------------------------------------------------------------- the model
@@ -76,6 +79,7 @@ class Flamingo(Part):
     trainable: tuple[TrainablePart, ...] = Field(
         ("resampler", "cross_attention", "new_tokens"), description="parts that learn; the others are frozen"
     )
+    weights: str = Field("", description="OpenFlamingo checkpoint.pt to start from, or its folder; empty = none")
     gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
     compile: bool = Field(False, description="torch.compile the vision tower and the decoder layers")
 
@@ -117,7 +121,7 @@ class Train(Part):
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     warmup: int = Field(1875, ge=0, description="optimizer steps of linear warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates")
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="AdamW's decay rates")
     epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.1, description="on matrices of cross-attention and of trained towers; elsewhere 0"
@@ -388,8 +392,12 @@ def read_site(environment: Mapping[str, str] = os.environ) -> Site:
     if named or path.exists():
         try:
             values = tomllib.loads(path.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"site file {path}: {error}") from None
+    if not isinstance(values.get("slurm", {}), dict):
+        raise ConfigError(
+            f"site file {path}: slurm={values['slurm']!r} is no table; write [slurm] and its values below"
+        )
     slurm = dict(values.get("slurm", {}))
     for name in slurm:
         if name not in Slurm.model_fields:

@@ -35,8 +35,8 @@ from hpc_mm.config import (
 from hpc_mm.data.batch import normalised
 from hpc_mm.data.images import UnreadableImage, decode
 from hpc_mm.data.schema import Sample, Text
-from hpc_mm.data.shards import read_samples
-from hpc_mm.data.store import open_store
+from hpc_mm.data.shards import BrokenShard, read_samples
+from hpc_mm.data.store import MissingKey, StoreError, open_store
 from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
 
 LATEST = "latest"
@@ -72,11 +72,13 @@ def evaluate(options: Captions) -> dict[str, Any]:
 
     The result is what captions.json holds: the data's address, and per step its file and CIDEr times 100.
     """
+    if options.prompt.count(IMAGE_TOKEN) != 1:
+        raise ConfigError(f"prompt={options.prompt!r} has no {IMAGE_TOKEN}, or several: it must stand there once")
     folder = Path(options.run)
     run = read_run(folder)
     checkpoints = [find(folder, step) for step in options.steps]
     address = in_store(options.data, read_site().store)
-    samples = list(itertools.islice(read_samples(open_store(address)), options.samples))
+    samples = read_first(address, options.samples)
     references = [references_of(sample) for sample in samples]
     scores = []
     for found in checkpoints:
@@ -109,6 +111,13 @@ def find(folder: Path, step: str) -> Path | None:
     return whole[step]
 
 
+def read_first(address: str, count: int) -> list[Sample]:
+    try:
+        return list(itertools.islice(read_samples(open_store(address)), count))
+    except (MissingKey, StoreError, BrokenShard) as error:
+        raise ConfigError(f"{address}: {error}") from None
+
+
 def references_of(sample: Sample) -> list[str]:
     """The captions that count as right: ``references`` of the metadata, or else the sample's own text."""
     references = sample.metadata.get("references")
@@ -121,12 +130,19 @@ def caption_with(run: Run, found: Path | None, samples: Sequence[Sample], option
     tokenizer = load_tokenizer(run.model.language)
     model = build(run.model, tokenizer, run.train.seed)
     if found:
-        checkpoint.load_weights(model, found)
+        load_weights(model, found)
     model.eval().to(device)
     captions: list[str] = []
     for images in batches(samples, model.image_spec, options.batch):
         captions += generate(model, tokenizer, images.to(device), options)
     return captions
+
+
+def load_weights(model: FlamingoModel, found: Path) -> None:
+    try:
+        checkpoint.load_weights(model, found)
+    except ValueError as error:
+        raise ConfigError(f"{error}: run.json does not describe it any more") from None
 
 
 def batches(samples: Sequence[Sample], spec: ImageSpec, size: int) -> Iterator[Tensor]:

@@ -13,14 +13,16 @@ from hpc_mm.data.shards import (
     CAPTION_SUFFIXES,
     IMAGE_SUFFIXES,
     INDEX,
+    MANIFEST,
     BrokenShard,
     Member,
     ShardIndex,
     ShardInfo,
     pack_index,
+    read_index,
     write_manifest,
 )
-from hpc_mm.data.store import MissingKey, Store, StoreError, open_store, opened
+from hpc_mm.data.store import Entry, MissingKey, Store, StoreError, open_store, opened
 
 
 def index_tar(store: Store, shard: str) -> tuple[ShardIndex, list[str]]:
@@ -73,23 +75,43 @@ def _tar_members(store: Store, shard: str, size: int, where: str) -> Iterator[tu
         raise BrokenShard(f"{where} is cut or broken at byte {offset} or soon after: {error}") from None
 
 
+def old_index(store: Store, tar: Entry) -> ShardIndex | None:
+    """The index that lies beside a tar, if it is one and for as many bytes."""
+    try:
+        index = read_index(store, tar.key)
+    except (MissingKey, BrokenShard):
+        return None
+    return index if index.tar_bytes == tar.size else None
+
+
 def index_foreign(store: Store) -> tuple[list[ShardInfo], dict[str, list[str]]]:
     """Write an index beside every tar of a folder, then the manifest. The shards, and what of each cannot be used.
 
-    Only headers matter, but a tar is read through: a small object store read costs more than its bytes.
+    Only headers matter, but a tar is read through: a small object store read costs more than its bytes. So a tar that
+    has an index of its size is not read again, and the second of two runs does what the first left. BrokenShard after
+    all tars, with a line for each that is broken; there is no manifest then.
     """
-    names = [entry.key for entry in store.list() if entry.key.endswith(".tar")]
-    if not names:
+    tars = [entry for entry in store.list() if entry.key.endswith(".tar")]
+    if not tars:
         raise ConfigError(f"no tars at {store.address}")
-    shards, unusable = [], {}
-    for name in names:
-        index, left = index_tar(store, name)
-        store.write(name + INDEX, index.dump())
-        shards.append(ShardInfo(name, len(index.keys), index.tar_bytes))
-        if left:
-            unusable[name] = left
+    store.delete(MANIFEST)  # from here on the folder is not what an older manifest says
+    shards, unusable, broken = [], {}, []
+    for tar in tars:
+        index = old_index(store, tar)
+        if index is None:
+            try:
+                index, left = index_tar(store, tar.key)
+            except BrokenShard as error:
+                broken.append(str(error))
+                continue
+            store.write(tar.key + INDEX, index.dump())
+            if left:
+                unusable[tar.key] = left
+        shards.append(ShardInfo(tar.key, len(index.keys), index.tar_bytes))
+    if broken:
+        raise BrokenShard("\n".join(broken))
     if not sum(shard.samples for shard in shards):
-        raise ConfigError(f"{len(names)} tars at {store.address} hold no sample with an image and a caption")
+        raise ConfigError(f"{len(tars)} tars at {store.address} hold no sample with an image and a caption")
     write_manifest(store, shards)
     return shards, unusable
 

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from hpc_mm.config import ConfigError, Part, Positive, parse_arguments, unknown, validated
 from hpc_mm.data.documents import BrokenRecord, Record
-from hpc_mm.data.records import ENDINGS, read_records
+from hpc_mm.data.records import ENDINGS, DamagedFile, read_records
 from hpc_mm.data.schema import Sample, image_key
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
@@ -37,6 +37,10 @@ class Preparation(Part):
     shard_mb: Positive = Field(256, description="size at which a shard is closed, MiB")
     min_image_bytes: int = Field(0, ge=0, description="smaller image files are left out")
     columns: str = Field("", description="names of a .tsv file's values in order, with commas; it has no header")
+
+    def smallest(self, record: Record) -> int:
+        """Bytes that an image of this record must have."""
+        return self.min_image_bytes
 
     @model_validator(mode="after")
     def task_exists(self) -> Preparation:
@@ -123,13 +127,31 @@ def kept_options(options: Preparation) -> dict[str, Any]:
 # ---------------------------------------------------------------- one part
 
 
+class StoreDown(Exception):
+    """The store of images does not answer; the message is what it was asked and for how long."""
+
+
 def fetch(store: Store, key: str, smallest: int) -> bytes | str:
-    """The image, or why it is left out. A store that fails raises: the part is then done another time."""
+    """The image, or why it is left out. A store that fails altogether raises: the part is then done another time."""
     try:
-        data = store.read(key)
+        data = read_twice(store, key)
     except MissingKey:
         return "not in the store"
+    except StoreError:
+        return "could not be read"
     return data if len(data) >= max(smallest, 1) else "too small"
+
+
+def read_twice(store: Store, key: str) -> bytes:
+    """A value. StoreError twice means this value; StoreDown means that the store answers nothing at all."""
+    try:
+        return store.read(key)
+    except StoreError:
+        try:
+            store.size(image_key(""))  # whether it is there or not
+        except StoreError as error:
+            raise StoreDown(str(error)) from error
+        return store.read(key)
 
 
 @dataclass(frozen=True)
@@ -148,7 +170,7 @@ def fetched(
     waiting: deque[Fetched | BrokenRecord] = deque()
     try:
         for record in records:
-            waiting.append(start_fetching(record, urls, store, threads, options.min_image_bytes))
+            waiting.append(start_fetching(record, urls, store, threads, options))
             if len(waiting) > AHEAD:
                 yield waiting.popleft()
         yield from waiting
@@ -161,7 +183,7 @@ def start_fetching(
     urls: Callable[[Record], list[str]],
     store: Store,
     threads: ThreadPoolExecutor,
-    smallest: int,
+    options: Preparation,
 ) -> Fetched | BrokenRecord:
     if isinstance(record, BrokenRecord):
         return record
@@ -171,6 +193,7 @@ def start_fetching(
         return reason
     except (AttributeError, UnicodeEncodeError):
         return BrokenRecord("a URL is not text")
+    smallest = options.smallest(record)
     return Fetched(record, {key: threads.submit(fetch, store, key, smallest) for key in sorted(keys)})
 
 
@@ -222,16 +245,24 @@ def prepare(options: Options, urls: Urls[Options], arrange: Arrange[Options]) ->
     """Do this task's parts that are not done yet; the counts of the whole corpus once all of its parts are done.
 
     The task that finds every part done writes the statistics and then the manifest, which declares the corpus whole.
+    A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task.
     """
     store, parts = source_parts(options.source)
     if options.tasks > len(parts):
         raise ConfigError(f"tasks={options.tasks} is more than the {len(parts)} files of source={options.source}")
     out = open_store(options.out, make=True)
+    failed: list[str] = []
     for number, part in enumerate(parts):
         mine = options.task is None or number % options.tasks == options.task
         if mine and read_marker(out, part, options) is None:
-            done = prepare_part(store, part, out, options, urls, arrange)
+            try:
+                done = prepare_part(store, part, out, options, urls, arrange)
+            except (DamagedFile, StoreError) as error:
+                failed.append(f"{part.key}: {error}")
+                continue
             print(f"{part.key}: {summary(done['counts'])}")
+    if failed:
+        raise DamagedFile("\n".join([*failed, f"{len(failed)} files are not done"]))
     markers = [read_marker(out, part, options) for part in parts]
     whole = [marker for marker in markers if marker is not None]
     print(f"{len(whole)} of {len(parts)} files are done")
@@ -260,7 +291,7 @@ def main(
             if key not in kind.model_fields:
                 raise unknown("key", key, kind.model_fields)
         prepare(validated(kind, values), urls, arrange)
-    except (ConfigError, StoreError) as error:
+    except (ConfigError, StoreDown, StoreError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -16,8 +16,8 @@ from pydantic import Field
 
 from hpc_mm.charts import Line, chart
 from hpc_mm.config import ConfigError, Part, Positive, Run, parse_arguments, read_run, with_overrides
-from hpc_mm.data.shards import read_samples
-from hpc_mm.data.store import open_store
+from hpc_mm.data.shards import BrokenShard, read_samples
+from hpc_mm.data.store import MissingKey, StoreError, open_store
 
 Record = dict[str, Any]
 
@@ -148,14 +148,17 @@ def read_evaluation(folder: Path) -> Evaluation | None:
 
 
 def read_images(address: str, wanted: set[str]) -> dict[str, bytes]:
-    """The first image of each wanted sample."""
+    """The first image of each wanted sample; those that are not there, in a corpus made again, are left out."""
     found: dict[str, bytes] = {}
-    for sample in read_samples(open_store(address)):
-        if len(found) == len(wanted):
-            break
-        data = sample.images[0].data if sample.id in wanted and sample.images else None
-        if data is not None:
-            found[sample.id] = data
+    try:
+        for sample in read_samples(open_store(address)):
+            if len(found) == len(wanted):
+                break
+            data = sample.images[0].data if sample.id in wanted and sample.images else None
+            if data is not None:
+                found[sample.id] = data
+    except (MissingKey, StoreError, BrokenShard) as error:
+        raise ConfigError(f"{address}: {error}") from None
     return found
 
 
@@ -218,22 +221,25 @@ def gallery(evaluation: Evaluation, samples: int) -> str:
     for key in shown:
         truth = said[-1][key]["references"]
         spoken = [(score["step"], rows[key]["caption"]) for score, rows in zip(evaluation.scores, said, strict=True)]
-        cards.append(card(images[key], truth, spoken))
+        cards.append(card(images.get(key), truth, spoken))
     explained = "Images that training never saw. Green: the words of one of the references."
     return f'<h2>Held-out images</h2>\n<p>{explained}</p>\n<div class="samples">' + "\n".join(cards) + "</div>"
 
 
-def card(image: bytes, truth: list[str], spoken: list[tuple[int, str]]) -> str:
-    url = f"data:{mime_type(image)};base64,{base64.b64encode(image).decode()}"
+def card(image: bytes | None, truth: list[str], spoken: list[tuple[int, str]]) -> str:
     entries = [f"<dt>truth</dt><dd>{escape(truth[0])}</dd>"]
     for step, caption in spoken:
         label = "before training" if step == 0 else f"after step {step:,}"
         right = ' class="right"' if caption in truth else ""
         entries.append(f"<dt>{label}</dt><dd{right}>{escape(caption) or '(nothing)'}</dd>")
-    return (
-        f'<div class="card sample"><img src="{url}" alt="{escape(truth[0])}" width="96" height="96">'
-        f"<dl>{''.join(entries)}</dl></div>"
-    )
+    return f'<div class="card sample">{picture(image, truth[0])}<dl>{"".join(entries)}</dl></div>'
+
+
+def picture(image: bytes | None, alternative: str) -> str:
+    if image is None:
+        return "<p>no picture</p>"
+    url = f"data:{mime_type(image)};base64,{base64.b64encode(image).decode()}"
+    return f'<img src="{url}" alt="{escape(alternative)}" width="96" height="96">'
 
 
 def mime_type(image: bytes) -> str:

@@ -7,8 +7,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ MicroBatch = dict[str, Batch]  # by source
 
 # One row per source of what a step is made of, summed over ranks and micro-steps.
 COUNTS = ("targets", "samples", "tokens", "padded_tokens", "images", "unreadable", "left_out", "flops")
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 digests a checkpoint of hundreds of GB
 UNREADABLE_GRACE = 10  # unreadable samples of a source that never stop a run, whatever their share
 
 
@@ -38,6 +40,8 @@ class TrainingStopped(Exception):
 
 class Objective(nn.Module):
     """What accelerate wraps: all sources of a micro-step in one forward, so that there is one backward."""
+
+    _no_split_modules = ("ConditionedLayer",)  # what FSDP gathers at a time: a decoder layer with its cross-attention
 
     def __init__(self, model: FlamingoModel) -> None:
         super().__init__()
@@ -55,6 +59,7 @@ class Progress:
     step: int = 0
     skipped: int = 0
     totals: dict[str, dict[str, float]] = field(default_factory=dict)  # source -> name in COUNTS -> since step 0
+    corpora: dict[str, str] = field(default_factory=dict)  # source -> digest of its shards, which decide the order
 
 
 @dataclass
@@ -90,17 +95,17 @@ def count(model: FlamingoModel, micro_batches: Sequence[MicroBatch]) -> Tensor:
 
 
 def _count(model: FlamingoModel, batch: Batch) -> list[float]:
-    rows, length = batch.input_ids.shape
-    images = len(batch.images)
+    lengths = batch.attention_mask.sum(1)
+    tokens, images = int(lengths.sum()), len(batch.images)
     return [
         batch.targets,
         len(batch.ids),
-        int(batch.attention_mask.sum()),
-        rows * length,
+        tokens,
+        batch.input_ids.numel(),
         images,
         len(batch.unreadable),
         len(batch.left_out),
-        model.training_flops(rows, length, images, batch.targets),
+        model.training_flops(tokens, int((lengths**2).sum()), images, batch.targets),
     ]
 
 
@@ -138,29 +143,38 @@ class Training:
         if found is not None:
             self.progress = Progress(**found)
             logger.info("resuming at step %d", self.progress.step)
-        self.streams = {
-            name: iter(
-                make_loader(
-                    source,
-                    run.loader,
-                    run.train.seed,
-                    tokenizer,
-                    self.model.image_spec,
-                    self.accelerator.process_index,
-                    self.accelerator.num_processes,
-                    run.train.accumulate,
-                    self.progress.step,
-                    run.train.steps,
-                )
-            )
-            for name, source in run.sources.items()
-        }
+        self.streams = self.open_streams(tokenizer)
         device = self.accelerator.device
         self.weights = torch.tensor([source.weight for source in run.sources.values()], device=device)
         self.records = Records(run, folder) if self.accelerator.is_main_process else None
         if self.records is not None:
             self.records.cut(self.progress.step)
         self.window = self.new_window()
+
+    def open_streams(self, tokenizer: Any) -> dict[str, Iterator[Batch]]:
+        """This rank's micro-batches from the step we are at. The order is the shards', so they must be the same ones."""
+        streams = {}
+        for name, source in self.run.sources.items():
+            loader = make_loader(
+                source,
+                self.run.loader,
+                self.run.train.seed,
+                tokenizer,
+                self.model.image_spec,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                self.run.train.accumulate,
+                self.progress.step,
+                self.run.train.steps,
+            )
+            corpus = loader.dataset.corpus  # type: ignore[attr-defined]
+            if self.progress.corpora.setdefault(name, corpus) != corpus:
+                raise ConfigError(
+                    f"sources.{name}: the shards at {source.data} are not those that this run was at step "
+                    f"{self.progress.step} with; put them back, or start under another name"
+                )
+            streams[name] = iter(loader)
+        return streams
 
     # -------------------------------------------------- the loop
 
@@ -214,24 +228,13 @@ class Training:
                 losses = self.objective({name: batch.to(device) for name, batch in batches.items()})
                 accelerator.backward((losses * scale).sum())
             sums += losses.detach()
-        norm = self.update()
+        norm = update(accelerator, self.objective, self.optimizer, self.run.train.clip)
         self.window.counts += counts
         if math.isfinite(norm):
             self.window.losses += sums / targets.float()
             self.window.steps += 1
         else:
             self.skip(norm)
-        return norm
-
-    def update(self) -> float:
-        """Clip and step, where DeepSpeed has not done both inside backward already."""
-        if self.accelerator.distributed_type == "DEEPSPEED":
-            norm = self.objective.get_global_grad_norm()
-            return math.inf if self.accelerator.optimizer_step_was_skipped else float(norm)
-        norm = float(self.accelerator.clip_grad_norm_(self.objective.parameters(), self.run.train.clip))
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
         return norm
 
     def skip(self, norm: float) -> None:
@@ -278,11 +281,14 @@ class Training:
     ) -> dict[str, Any]:
         total = {key: sum(row[key] for row in counts.values()) for key in COUNTS}
         weighted = sum(loss * source.weight for loss, source in zip(losses, self.run.sources.values(), strict=True))
-        peak = peak_flops(self.accelerator.device)
+        peak = peak_flops(self.accelerator.device) if self.run.precision == "bf16" else None
         return {
             "step": self.progress.step,
             "loss": weighted if window.steps else None,
-            **{f"loss/{name}": loss for name, loss in zip(self.run.sources, losses, strict=True)},
+            **{
+                f"loss/{name}": loss if window.steps else None
+                for name, loss in zip(self.run.sources, losses, strict=True)
+            },
             "lr": rate,
             "grad_norm": norm if math.isfinite(norm) else None,
             "samples_per_s": total["samples"] / seconds,
@@ -313,13 +319,31 @@ class Training:
         logger.info("saved %s", path)
 
 
+def update(accelerator: Any, objective: Any, optimizer: Any, clip: float) -> float:
+    """Clip and step, where DeepSpeed has not done both inside backward already; the global gradient norm.
+
+    A norm that is not finite is told as inf or nan, on all ranks alike, and no weight is changed.
+    """
+    if accelerator.distributed_type == "DEEPSPEED":
+        norm = float(objective.get_global_grad_norm())
+        return math.inf if accelerator.optimizer_step_was_skipped or norm < 0 else norm  # -1 is its NaN
+    norm = float(accelerator.clip_grad_norm_(objective.parameters(), clip))
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def make_accelerator(run: Run) -> Any:
     """accelerate with this run's values; the launch command has said how to split the model."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    if run.gpus_per_node == 0:  # not Accelerator(cpu=True), which turns DeepSpeed off without a word
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    cpu = run.gpus_per_node == 0
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=COLLECTIVE_TIMEOUT),
+    ]
+    if cpu:  # not Accelerator(cpu=True), which turns DeepSpeed off without a word
         _without_shared_memory_op()
     accelerator = Accelerator(gradient_accumulation_steps=run.train.accumulate, kwargs_handlers=handlers)
     if accelerator.num_processes != run.world_size:
@@ -332,6 +356,8 @@ def make_accelerator(run: Run) -> Any:
             gradient_accumulation_steps=run.train.accumulate,
             gradient_clipping=run.train.clip,
         )
+        if run.precision == "bf16":
+            plugin.deepspeed_config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return accelerator
 
 
@@ -365,7 +391,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("hpc_mm").setLevel(logging.INFO)
         Training(run, folder).loop()
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        # A reading worker's error comes with the worker's traceback around it.
+        print(str(error).rpartition("ConfigError: ")[2].strip(), file=sys.stderr)
         return 2
     except TrainingStopped as error:
         print(f"stopped: {error}", file=sys.stderr)

@@ -113,6 +113,8 @@ def test_what_was_not_finished_is_never_used(saved: Path) -> None:
 
 
 def test_the_newest_are_kept(saved: Path) -> None:
+    (checkpoint.path_of(saved, 1) / "manifest.json").unlink()  # as if killed while removing it
+    checkpoint.path_of(saved, 2).rename(saved / "checkpoints" / "step-00000002.partial")  # or while saving it
     process = Process()
     process.save(saved, 4, keep=2)
     assert [checkpoint.step_of(path) for path in checkpoint.finished(saved)] == [3, 4]

@@ -1,13 +1,13 @@
 """Captions before and after training: real weights, real checkpoints, scored by our own CIDEr."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import samples
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -16,7 +16,7 @@ from hpc_mm.config import Run, with_overrides
 from hpc_mm.data.schema import Sample
 from hpc_mm.data.shards import ShardWriter
 from hpc_mm.data.store import open_store
-from hpc_mm.evaluate import Captions, evaluate, generate, main
+from hpc_mm.evaluate import Captions, evaluate, main
 from hpc_mm.models.flamingo import build, load_tokenizer
 from hpc_mm.recipes.toy import toy
 
@@ -92,16 +92,6 @@ def test_the_same_weights_give_the_same_captions(options: Captions, run_folder: 
     assert (rows(run_folder, 0), rows(run_folder, 7)) == first
 
 
-def test_prompts_of_different_lengths_are_padded_on_the_left(options: Captions, run_folder: Path) -> None:
-    """What stands before the image changes nothing about how many new tokens come back."""
-    run = Run.model_validate_json((run_folder / "run.json").read_text())
-    tokenizer = load_tokenizer(run.model.language)
-    model = build(run.model, tokenizer, 0).eval()
-    images = torch.randn(2, 3, 16, 16)
-    asked = options.model_copy(update={"prompt": "a red <image> the"})
-    assert len(generate(model, tokenizer, images, asked)) == 2
-
-
 def test_only_some_samples(options: Captions, run_folder: Path) -> None:
     assert evaluate(options.model_copy(update={"samples": 2, "steps": ("7",)}))["samples"] == 2
     assert len(rows(run_folder, 7)) == 2
@@ -122,6 +112,8 @@ def test_the_script_prints_the_scores(options: Captions, run_folder: Path) -> No
         (["stps=0"], "did you mean steps?"),
         (["steps=9"], "unknown step in"),
         (["data=/nowhere/at/all"], "/nowhere/at/all"),
+        (["prompt=a red"], "prompt='a red' has no <image>"),
+        (["prompt=<image> a <image>"], "must stand there once"),
     ],
 )
 def test_a_users_mistake_is_one_line(
@@ -137,3 +129,21 @@ def test_no_checkpoint_yet(options: Captions, run_folder: Path, capsys: pytest.C
         (path / "manifest.json").unlink()
     assert main(options, []) == 2
     assert "has no whole checkpoint yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [0, 700])
+def test_a_heldout_tar_that_is_missing_or_cut(options: Captions, size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = Path(options.data, "heldout-000000.tar")
+    os.truncate(tar, size) if size else tar.unlink()
+    assert main(options, ["steps=0"]) == 2
+    complaint = capsys.readouterr().err
+    assert "heldout-000000.tar" in complaint and complaint.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_model(options: Captions, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.model_validate_json((run_folder / "run.json").read_text())
+    other = with_overrides(run, {"model.resampler_latents": "5"})
+    (run_folder / "run.json").write_text(other.model_dump_json())
+    assert main(options, ["steps=7"]) == 2
+    complaint = capsys.readouterr().err
+    assert "resampler.latents has shape (4, 32), not (5, 32)" in complaint and complaint.count("\n") == 1

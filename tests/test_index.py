@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import samples
 
+from hpc_mm.config import ConfigError
 from hpc_mm.data.schema import Image, Text
-from hpc_mm.data.shards import BrokenShard, check_shards, read_index, read_samples
+from hpc_mm.data.shards import BrokenShard, check_shards, read_index, read_manifest, read_samples
 from hpc_mm.data.store import open_store
 from hpc_mm.index import index_foreign, index_tar, main
 
@@ -108,6 +109,42 @@ def test_tars_that_are_no_webdataset_are_told(tmp_path: Path, members: list[tupl
         index_tar(open_store(str(tmp_path)), "a.tar")
 
 
+PAIR = [("a.jpg", PICTURE), ("a.txt", b"x")]
+
+
+def test_broken_tars_are_told_together_and_whole_ones_are_read_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abcd":
+        write_tar(tmp_path / f"{name}.tar", PAIR)
+    whole = (tmp_path / "a.tar").read_bytes()
+    for name in "ac":
+        (tmp_path / f"{name}.tar").write_bytes(whole[:700])
+    assert main([f"shards={tmp_path}"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "a.tar" in said[0] and "c.tar" in said[1]
+    assert not (tmp_path / "index.json").exists()
+    times = {name: (tmp_path / f"{name}.tar.index.json").stat().st_mtime_ns for name in "bd"}
+    for name in "ac":
+        (tmp_path / f"{name}.tar").write_bytes(whole)
+    write_tar(tmp_path / "d.tar", [*PAIR, ("b.jpg", PICTURE * 30), ("b.txt", b"x")])  # another tar than was indexed
+    assert main([f"shards={tmp_path}"]) == 0
+    assert "indexed 5 samples in 4 shards" in capsys.readouterr().out
+    assert (tmp_path / "b.tar.index.json").stat().st_mtime_ns == times["b"]
+    assert check_shards(open_store(str(tmp_path))) == []
+
+
+def test_an_old_manifest_is_withdrawn_before_indexes_change(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    write_tar(tmp_path / "a.tar", PAIR)
+    index_foreign(store)
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    with pytest.raises(BrokenShard):
+        index_foreign(store)
+    with pytest.raises(ConfigError, match=r"index.json is missing"):
+        read_manifest(store)
+
+
 def test_our_own_shards_can_be_indexed_again(tmp_path: Path) -> None:
     from hpc_mm.data.shards import ShardWriter
 
@@ -116,6 +153,7 @@ def test_our_own_shards_can_be_indexed_again(tmp_path: Path) -> None:
         for number in range(4):
             writer.add(samples.document(number))
     before = read_index(store, "x-000000.tar").dump()
+    store.delete("x-000000.tar.index.json")
     index_foreign(store)
     assert read_index(store, "x-000000.tar").dump() == before
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import runpy
@@ -9,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import samples
 
@@ -16,7 +19,7 @@ from hpc_mm import prepare
 from hpc_mm.config import ConfigError, Loader, Source
 from hpc_mm.data.schema import Image, Sample, Text, image_key
 from hpc_mm.data.shards import check_shards, read_manifest, read_samples
-from hpc_mm.data.store import Store, open_store
+from hpc_mm.data.store import FolderStore, Store, StoreError, open_store
 from hpc_mm.data.stream import make_loader
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
@@ -161,19 +164,126 @@ def test_mmc4_keeps_large_images_beside_their_sentences(tmp_path: Path) -> None:
     assert sample.metadata == {"url": "http://page"}
 
 
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (None, [["u/0"], ["u/1"]]),
+        (0.15, [["u/0"], ["u/0", "u/1"], ["u/1"]]),
+        (0, [["u/0"], ["u/0", "u/1"], ["u/0", "u/1"], ["u/0"]]),
+    ],
+)
+def test_mmc4_leaves_images_out_that_are_not_similar(
+    tmp_path: Path, value: float | None, kept: list[list[str]]
+) -> None:
+    """By default 0.24; their sentences stay, and a document without any other image is left out and counted."""
+    store = open_store(str(tmp_path / "images"))
+    for number in range(2):
+        store.write(image_key(f"u/{number}"), bytes(11_000))
+
+    def document(*similarity: float) -> dict[str, Any]:
+        size = range(len(similarity))
+        return {
+            "text_list": [f"s{i}" for i in size],
+            "image_info": [{"raw_url": f"u/{i}"} for i in size],
+            "similarity_matrix": [[similarity[i] if i == j else -1.0 for j in size] for i in size],
+        }
+
+    records = [document(0.24), document(0.2, 0.2), document(0.1, 0.25), document(-0.1)]
+    write_lines(tmp_path / "docs.jsonl", records)
+    chosen = {} if value is None else {"min_similarity": value}
+    assert run("mmc4", source=tmp_path / "docs.jsonl", images=store.address, out=tmp_path / "out", **chosen) == 0
+    out = open_store(str(tmp_path / "out"))
+    found = list(read_samples(out))
+    assert [urls_of(sample) for sample in found] == kept
+    assert [texts(sample) for sample in found if sample.id.endswith("2")] == [["s0", "s1"]]
+    assert json.loads(out.read("stats.json")).get("left out: no image", 0) == 4 - len(kept)
+
+
 def test_omnicorpus_with_similarities_has_shares_of_sentences(tmp_path: Path, images: Store) -> None:
-    record = {
+    record: dict[str, Any] = {
         "sentences": [["a"], ["b"]],
         "images_info": [{"name": ["u/1"]}, {"name": ["u/2"]}],
         "matrix": [[[2.0, 1.0]], [[3.0, 0.0]]],
     }
     wrong = [{**record, "matrix": [[1.0]]}, {**record, "images_info": [{"name": []}]}]
+    wrong += [{"sentences": [], "images_info": [{"name": ["u/1"]}], "matrix": [[[]]]}]
+    wrong += [{"images": 5}, {"images": True}, {**natural(0, "u/1"), "valid_image": 5}]
     write_lines(tmp_path / "docs.jsonl", [record, *wrong])
-    assert run("omnicorpus", source=tmp_path / "docs.jsonl", images=images.address, out=tmp_path / "out") == 0
+    values = {"images": images.address, "out": tmp_path / "out", "min_placed_image_bytes": 0}
+    assert run("omnicorpus", source=tmp_path / "docs.jsonl", **values) == 0
     (sample,) = read_samples(open_store(str(tmp_path / "out")))
     assert urls_of(sample) == ["u/2", "u/1"]
     found = [image.facts["similarity"] for image in sample.images]
     assert found == pytest.approx([0.9525741, 0.2689414])  # 1 / (1 + exp(-3)), 1 / (1 + exp(1))
+
+
+def test_omnicorpus_leaves_small_images_out_where_it_has_similarities(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "images"))
+    for number, size in enumerate((10_999, 11_000)):
+        store.write(image_key(f"u/{number}"), bytes(size))
+    placed = {
+        "sentences": [["a"]],
+        "images_info": [{"name": ["u/0"]}, {"name": ["u/1"]}],
+        "matrix": [[[2.0]], [[1.0]]],
+    }
+    write_lines(tmp_path / "docs.jsonl", [placed, natural(0, "u/0", "u/1")])
+    assert run("omnicorpus", source=tmp_path / "docs.jsonl", images=store.address, out=tmp_path / "out") == 0
+    out = open_store(str(tmp_path / "out"))
+    assert [urls_of(sample) for sample in read_samples(out)] == [["u/1"], ["u/0", "u/1"]]
+    assert json.loads(out.read("stats.json"))["images left out: too small"] == 1
+
+
+RECORDS: dict[str, list[dict[str, Any]]] = {  # with nulls and facts that not every image has
+    "obelics": [
+        {
+            **natural(0, "u/1", "u/2"),
+            "metadata": json.dumps([None, {"width": 1}, {}, None]),
+            "general_metadata": json.dumps({"url": "x"}),
+        },
+        {**natural(1, "u/3"), "metadata": json.dumps([None, None, None]), "general_metadata": None},
+    ],
+    "omnicorpus": [
+        {**natural(0, "u/1", "u/2"), "valid_image": [True, False], "general_metadata": {"url": "x", "pages": 2}},
+        {
+            "images": ["u/3", None, "u/4"],
+            "texts": [None, "a", None],
+            "metadata": [{"height": 5}, None, None],
+            "valid_image": [True, True],
+            "general_metadata": {"url": "y", "pages": 3},
+        },
+        {
+            "sentences": [["a"], ["b"]],
+            "images_info": [{"name": ["u/1"]}, {"name": ["u/2"]}],
+            "matrix": [[[2.0, 1.0]], [[3.0, 0.0]]],
+        },
+    ],
+    "mmc4": [
+        {
+            "url": "x",
+            "text_list": ["a", "b"],
+            "image_info": [{"raw_url": "u/1", "face_detections": None}, {"raw_url": "u/2", "matched_text_index": 1}],
+            "similarity_matrix": [[0.1, 0.3], [0.4, 0.2]],
+        },
+        {"url": None, "text_list": ["c"], "image_info": [{"raw_url": "u/3"}], "similarity_matrix": [[0.5]]},
+    ],
+    "pairs": [{"url": "u/1", "caption": "a"}, {"url": "u/2", "caption": None}, {"url": "u/3", "caption": "b"}],
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_parquet_makes_the_shards_that_json_lines_make(name: str, tmp_path: Path, images: Store) -> None:
+    for folder in ("lines", "parquet"):
+        (tmp_path / folder).mkdir()
+    write_lines(tmp_path / "lines" / "a.jsonl", RECORDS[name])
+    names = {key: None for record in RECORDS[name] for key in record}
+    table = pyarrow.Table.from_pylist([{**names, **record} for record in RECORDS[name]])
+    pyarrow.parquet.write_table(table, tmp_path / "parquet" / "a.parquet")
+    small = {"mmc4": {"min_image_bytes": 0}, "omnicorpus": {"min_placed_image_bytes": 0}}.get(name, {})
+    for folder in ("lines", "parquet"):
+        values = {"source": tmp_path / folder, "images": images.address, "out": tmp_path / f"{folder}-out"}
+        assert run(name, **values, **small) == 0
+    found = [list(read_samples(open_store(str(tmp_path / f"{folder}-out")))) for folder in ("lines", "parquet")]
+    assert found[0] == found[1] and len(found[0]) == {"omnicorpus": 3}.get(name, 2)
 
 
 def test_pairs_of_a_table(tmp_path: Path, images: Store) -> None:
@@ -259,6 +369,53 @@ runpy.run_path({str(SCRIPTS / "obelics.py")!r}, run_name="__main__")
     assert listed[0] == listed[1]
     found = [list(read_samples(open_store(str(tmp_path / name)))) for name in ("out", "whole")]
     assert found[0] == found[1]
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+
+def test_an_image_that_always_fails_is_counted(tmp_path: Path, images: Store) -> None:
+    """A link to itself: reading it fails every time, though the store is well."""
+    path = Path(images.address, image_key("u/1"))
+    path.unlink()
+    path.symlink_to(path)
+    write_lines(tmp_path / "a.jsonl", [natural(0, "u/1", "u/2")])
+    assert run("obelics", source=tmp_path / "a.jsonl", images=images.address, out=tmp_path / "out") == 0
+    out = open_store(str(tmp_path / "out"))
+    assert [urls_of(sample) for sample in read_samples(out)] == [["u/2"]]
+    assert json.loads(out.read("stats.json"))["images left out: could not be read"] == 1
+
+
+class Down(FolderStore):
+    """A store that has gone away."""
+
+    def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        raise StoreError(f"{key}: failed for 60 s")
+
+    def size(self, key: str) -> int | None:
+        raise StoreError(f"{key}: failed for 60 s")
+
+
+def test_a_store_that_is_down_loses_no_images(tmp_path: Path) -> None:
+    with pytest.raises(prepare.StoreDown, match="failed for 60 s"):
+        prepare.fetch(Down(str(tmp_path)), "a", 0)
+
+
+def test_a_damaged_file_does_not_stop_the_others(
+    tmp_path: Path, images: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = corpus(tmp_path, files=3)
+    good = (tmp_path / "in" / "part-0.jsonl").read_bytes()
+    (tmp_path / "in" / "part-0.jsonl").unlink()
+    (tmp_path / "in" / "part-0.jsonl.gz").write_bytes(gzip.compress(good)[:-20])
+    assert run("obelics", **where, out=tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert "part-0.jsonl.gz is damaged" in said.err and "1 files are not done" in said.err
+    assert "part-1.jsonl: 6 records" in said.out and "part-2.jsonl: 6 records" in said.out
+    (tmp_path / "in" / "part-0.jsonl.gz").write_bytes(gzip.compress(good))
+    assert run("obelics", **where, out=tmp_path / "out") == 0
+    assert "part-1.jsonl: " not in capsys.readouterr().out
+    assert len(list(read_samples(open_store(str(tmp_path / "out"))))) == 18
 
 
 # ---------------------------------------------------------------- mistakes

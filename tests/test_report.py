@@ -1,6 +1,7 @@
 """report.html: complete, self-contained, escaped, and made without torch."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -126,6 +127,27 @@ def test_a_run_that_has_only_begun(run_folder: Path, capsys: pytest.CaptureFixtu
     assert main([f"run={run_folder}"]) == 0
     assert "no captions in" in capsys.readouterr().out
     assert "No step has been logged yet." in (run_folder / "report.html").read_text()
+
+
+def test_a_heldout_corpus_that_was_made_again(run_folder: Path) -> None:
+    data = run_folder.parents[1] / "store" / "heldout"
+    with ShardWriter(open_store(str(data)), "heldout") as writer:
+        for number in (1, 9):
+            picture = Image(samples.encoded(samples.picture(number)))
+            writer.add(Sample(f"sample{number}", (picture, Text("a red circle"))))
+    assert main([f"run={run_folder}"]) == 0
+    page = Tags((run_folder / "report.html").read_text())
+    assert len([tag for tag, _ in page.found if tag == "img"]) == 1
+    assert page.text.count("no picture") == 3
+
+
+@pytest.mark.parametrize("size", [0, 700])
+def test_a_heldout_tar_that_is_missing_or_cut(run_folder: Path, size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = run_folder.parents[1] / "store" / "heldout" / "heldout-000000.tar"
+    os.truncate(tar, size) if size else tar.unlink()
+    assert main([f"run={run_folder}"]) == 2
+    complaint = capsys.readouterr().err
+    assert "heldout-000000.tar" in complaint and complaint.count("\n") == 1
 
 
 def test_steps_that_were_done_again_count_once(run_folder: Path) -> None:

@@ -99,8 +99,9 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else known.get(PAD_TOKEN)
     if pad is None:
         raise ConfigError(f"the tokenizer has no padding token; {PAD_TOKEN} would be one")
-    words = sorted({*tokenizer.all_special_tokens, IMAGE_TOKEN, ENDOFCHUNK_TOKEN, PAD_TOKEN}, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, words)))
+    named = {*tokenizer.all_special_tokens, IMAGE_TOKEN, ENDOFCHUNK_TOKEN, PAD_TOKEN}
+    unnamed = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}  # Llama 3 has 250
+    pattern = re.compile("|".join(map(re.escape, sorted(named | unnamed, key=len, reverse=True))))
     eos = int(tokenizer.eos_token_id)
     return Vocabulary(known[IMAGE_TOKEN], known[ENDOFCHUNK_TOKEN], int(pad), eos, tokenizer.eos_token, pattern)
 

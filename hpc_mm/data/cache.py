@@ -31,28 +31,37 @@ class ReadCache:
     folder: Path
     limit: int  # bytes; no drawer holds more than its share of it, so a larger value is never kept
 
-    def read(self, store: Store, key: str, start: int, end: int) -> bytes:
-        """Bytes [start, end) of ``key``, from the folder if they are there."""
-        name = hashlib.sha256(f"{store.address}\0{key}\0{start}\0{end}".encode()).hexdigest()
-        drawer = self.folder / f"{int(name[:8], 16) % DRAWERS:03d}"
+    def _path(self, store: Store, key: str, start: int, end: int, size: int) -> Path:
+        name = hashlib.sha256(f"{store.address}\0{key}\0{start}\0{end}\0{size}".encode()).hexdigest()
+        return self.folder / f"{int(name[:8], 16) % DRAWERS:03d}" / name
+
+    def read(self, store: Store, key: str, start: int, end: int, size: int) -> bytes:
+        """Bytes [start, end) of the ``size`` bytes of ``key``, from the folder if they are there."""
+        path = self._path(store, key, start, end, size)
         try:
-            data = (drawer / name).read_bytes()
+            data = path.read_bytes()
         except OSError:  # not there, or a broken local disk, which costs speed and never data
             data = b""
         if len(data) == end - start:
             return data
         data = store.read(key, start, end)
         if len(data) <= self.limit // DRAWERS:
-            self._keep(drawer, name, data)
+            self._keep(path, data)
         return data
 
-    def _keep(self, drawer: Path, name: str, data: bytes) -> None:
+    def drop(self, store: Store, key: str, start: int, end: int, size: int) -> None:
+        """Forget what ``read`` with the same arguments kept."""
+        with suppress(OSError):
+            self._path(store, key, start, end, size).unlink()
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        drawer = path.parent
         part = drawer / f".{uuid.uuid4().hex}{PARTIAL}"
         try:
             drawer.mkdir(parents=True, exist_ok=True)
             self._make_room(drawer, len(data))
             part.write_bytes(data)
-            os.replace(part, drawer / name)
+            os.replace(part, path)
             return
         except OSError as error:
             complain(self.folder, error.strerror)

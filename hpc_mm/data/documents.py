@@ -20,9 +20,14 @@ class BrokenRecord(Exception):
 
 def natural_urls(record: Record) -> list[str]:
     """URLs of a document whose ``images`` and ``texts`` fill each other's gaps, without those marked as not valid."""
-    urls = [url for url in record.get("images") or [] if url is not None]
-    valid = record.get("valid_image") or [True] * len(urls)
-    if len(valid) != len(urls):
+    places, valid = record.get("images") or [], record.get("valid_image")
+    if not isinstance(places, list):
+        raise BrokenRecord("images is not a list")
+    urls = [url for url in places if url is not None]
+    if not all(isinstance(url, str) for url in urls):
+        raise BrokenRecord("a URL is not text")
+    valid = valid or [True] * len(urls)
+    if not isinstance(valid, list) or len(valid) != len(urls):
         raise BrokenRecord("valid_image is not as long as the images")
     return [url for url, good in zip(urls, valid, strict=True) if good]
 
@@ -33,10 +38,10 @@ def natural_parts(record: Record, images: Mapping[str, bytes], max_images: int) 
     ``images`` and ``texts`` are equally long lists, one of the two null at every place; ``metadata`` (a list or JSON)
     has an image's facts at its place. OBELICS, and OmniCorpus in natural arrangement.
     """
+    wanted, count = set(natural_urls(record)), 0
     urls, texts, facts = record.get("images"), record.get("texts"), image_facts(record)
     if not isinstance(urls, list) or not isinstance(texts, list) or not len(urls) == len(texts) == len(facts):
         raise BrokenRecord("images, texts and metadata are not lists of one length")
-    wanted, count = set(natural_urls(record)), 0
     parts: list[Part] = []
     for url, text, about in zip(urls, texts, facts, strict=True):
         if (url is None) == (text is None):
@@ -54,13 +59,15 @@ def image_facts(record: Record) -> list[dict[str, Any]]:
     values = record.get("metadata")
     try:
         values = json.loads(values) if isinstance(values, str) else values
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise BrokenRecord("metadata is not JSON") from None
     if values is None:
         return [{} for _ in record.get("images") or []]
     if not isinstance(values, list):
         raise BrokenRecord("metadata is not a list")
-    return [value if isinstance(value, dict) else {} for value in values]
+    # A parquet struct has every name that any image has, null where this one has not.
+    found = [value if isinstance(value, dict) else {} for value in values]
+    return [{name: fact for name, fact in value.items() if fact is not None} for value in found]
 
 
 def checked_text(text: Any) -> str:
@@ -99,8 +106,8 @@ def matrix(rows: Any) -> NDArray[np.float64]:
     """A list of equally long rows of numbers as an array."""
     try:
         values = np.array(rows, dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise BrokenRecord("the similarity matrix is not a matrix of numbers") from None
-    if values.ndim != 2 or not np.isfinite(values).all():
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise BrokenRecord("the similarity matrix is not a matrix of numbers")
     return values

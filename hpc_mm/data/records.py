@@ -20,11 +20,15 @@ BATCH = 256  # parquet rows in memory
 LONGEST_FIELD = 2**24  # characters of one tab-separated value
 
 
+class DamagedFile(ConfigError):
+    """A file of records that cannot be read to its end; the message names it."""
+
+
 def read_records(store: Store, key: str, columns: Sequence[str] = ()) -> Iterator[Record | BrokenRecord]:
     """Every record of a file in order; a BrokenRecord in the place of a line that cannot be read.
 
-    ``columns`` names the values of tab-separated files, which have no header. ConfigError where the file as a whole is
-    damaged or of an unknown kind.
+    ``columns`` names the values of tab-separated files, which have no header. ConfigError where the file is of an
+    unknown kind, DamagedFile where it cannot be read to its end.
     """
     if not key.endswith(ENDINGS):
         raise ConfigError(f"{store.address}/{key}: records come from {', '.join(ENDINGS)} files")
@@ -41,8 +45,8 @@ def read_records(store: Store, key: str, columns: Sequence[str] = ()) -> Iterato
                 yield from tsv_rows(uncompressed(file, key), columns)
             else:
                 yield from map(json_line, uncompressed(file, key))
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{store.address}/{key} is damaged: {type(error).__name__}: {error}") from error
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error, ValueError, RecursionError) as error:
+        raise DamagedFile(f"{store.address}/{key} is damaged: {type(error).__name__}: {error}") from error
 
 
 def uncompressed(file: io.BufferedReader, key: str) -> IO[bytes]:
@@ -50,6 +54,8 @@ def uncompressed(file: io.BufferedReader, key: str) -> IO[bytes]:
         return gzip.open(file)  # type: ignore[return-value]
     if key.endswith(".zip"):
         archive = zipfile.ZipFile(file)
+        if not archive.namelist():
+            raise zipfile.BadZipFile("nothing is in it")
         return archive.open(archive.namelist()[0])  # MMC4 packs one file into each
     return file
 
@@ -57,7 +63,7 @@ def uncompressed(file: io.BufferedReader, key: str) -> IO[bytes]:
 def json_line(line: bytes) -> Record | BrokenRecord:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         return BrokenRecord("a line is not JSON")
     return record if isinstance(record, dict) else BrokenRecord("a line is not a JSON object")
 
@@ -83,7 +89,7 @@ def parquet_rows(file: io.BufferedReader) -> Iterator[Record]:
 
 def tsv_rows(file: IO[bytes], columns: Sequence[str]) -> Iterator[Record | BrokenRecord]:
     csv.field_size_limit(LONGEST_FIELD)
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
     for row in csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE):
         good = len(row) == len(columns)
         yield dict[str, Any](zip(columns, row, strict=True)) if good else BrokenRecord("a line has other columns")

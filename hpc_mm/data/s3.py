@@ -34,6 +34,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds; the upper ends of the first and 
 CONNECT_TIMEOUT, SILENCE_TIMEOUT = 5, 15  # seconds; for a connection, and between two pieces of an answer
 CONNECTIONS = 64  # per process and store
 PIECE = 16 * 1024  # bytes between two looks at the clock
+UPLOAD_RATE = 2**20  # bytes per second, below which an upload has failed
 
 USER_CODES = {
     "NoSuchBucket": "the bucket does not exist",
@@ -54,6 +55,7 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str, deadline: float) -> None:
         self.bucket, self.prefix, self.deadline = bucket, prefix, deadline
         self.address = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._answered = False  # then what is wrong now is no mistake in an address or in a key
         self._clients: dict[int, Any] = {}  # by process id: sockets must not be shared across a fork
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,32 +68,34 @@ class S3Store:
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{checked(key)}" if self.prefix else checked(key)
 
-    def _call(self, what: str, action: Callable[[Any, float], T]) -> T:
-        """``action(client, end)`` with retries: exponential backoff, full jitter, ``end`` on the monotonic clock."""
-        client = self._client()
-        end = time.monotonic() + self.deadline
+    def _call(self, what: str, action: Callable[[Any, float], T], more: float = 0) -> T:
+        """``action(client, end)`` with retries: exponential backoff, full jitter, ``end`` on the monotonic clock.
+
+        ``more``: seconds beyond the store's deadline.
+        """
+        end = time.monotonic() + self.deadline + more
         for attempt in itertools.count():
             try:
-                return action(client, end)
+                value = action(self._client(), end)
+                self._answered = True
+                return value
             except (BotoCoreError, ClientError, Boto3Error, HTTPError, OSError) as error:
                 self._judge(what, error)
                 wait = random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**attempt))
                 if time.monotonic() + wait >= end:
-                    self._give_up(what, error)
+                    self._give_up(what, error, self.deadline + more)
             time.sleep(wait)
         raise AssertionError("count() does not end")
 
     def _judge(self, what: str, error: Exception) -> None:
         """Raise what no retry can help; return for what one may."""
-        if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError | ProfileNotFound):
-            raise ConfigError(
-                f"{self.address}: no usable credentials ({_line(error)}); "
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            ) from None
+        if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
+            self._refuse_credentials(error)
         if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, ClientError):
             error = error.__context__
         if not isinstance(error, ClientError):
             return
+        self._answered = True
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code in USER_CODES:
@@ -101,13 +105,22 @@ class S3Store:
         if code not in RETRIED_CODES and 400 <= status < 500:
             raise StoreError(f"{what} in {self.address}: {_line(error)}") from error
 
-    def _give_up(self, what: str, error: Exception) -> NoReturn:
-        if isinstance(error, EndpointConnectionError | ConnectTimeoutError):
+    def _refuse_credentials(self, error: Exception) -> NoReturn:
+        raise ConfigError(
+            f"{self.address}: no usable credentials ({_line(error)}); "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        ) from None
+
+    def _give_up(self, what: str, error: Exception, seconds: float) -> NoReturn:
+        """A store that answered before is out of order; one that never did is perhaps not what the user means."""
+        if isinstance(error, CredentialRetrievalError) and not self._answered:
+            self._refuse_credentials(error)
+        if isinstance(error, EndpointConnectionError | ConnectTimeoutError) and not self._answered:
             raise ConfigError(
                 f"{self.address}: nothing answers at {self._client().meta.endpoint_url} within {self.deadline:g} s; "
                 "AWS_ENDPOINT_URL names the endpoint"
             ) from None
-        raise StoreError(f"{what} in {self.address}: failed for {self.deadline:g} s: {_line(error)}") from error
+        raise StoreError(f"{what} in {self.address}: failed for {seconds:g} s: {_line(error)}") from error
 
     def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         first, end = checked_range(key, start, end)
@@ -139,7 +152,8 @@ class S3Store:
 
     def upload(self, key: str, path: Path) -> None:
         name = self._key(key)
-        self._call(key, lambda client, _: client.upload_file(str(path), self.bucket, name))
+        more = path.stat().st_size / UPLOAD_RATE
+        self._call(key, lambda client, _: client.upload_file(str(path), self.bucket, name), more)
 
     def download(self, key: str, path: Path) -> None:
         name = self._key(key)
@@ -197,6 +211,8 @@ def new_client(address: str, deadline: float) -> Any:
     )
     try:
         return boto3.session.Session().client("s3", config=config)
+    except CredentialRetrievalError:  # what gives them out may only be busy
+        raise
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(f"{address}: boto3 makes no client: {_line(error)}") from None
 

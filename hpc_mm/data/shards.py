@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -9,7 +10,7 @@ import tarfile
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,11 +98,31 @@ def read_index(store: Store, shard: str) -> ShardIndex:
     try:
         values = json.loads(store.read(shard + INDEX))
         arrays = {name: np.array(values[name], dtype=np.int64) for name in ("first", "suffix", "start", "size")}
-        return ShardIndex(values["tar_bytes"], values["keys"], suffixes=values["suffixes"], **arrays)
-    except (ValueError, KeyError, TypeError) as error:
+        index = ShardIndex(int(values["tar_bytes"]), values["keys"], suffixes=values["suffixes"], **arrays)
+        whole = consistent(index)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         if isinstance(error, MissingKey):
             raise
         raise BrokenShard(f"{store.address}/{shard}{INDEX} is no shard index: index the shards again") from error
+    if not whole:
+        raise BrokenShard(f"{store.address}/{shard}{INDEX} contradicts itself: index the shards again")
+    return index
+
+
+def consistent(index: ShardIndex) -> bool:
+    """Whether every sample has members, and every member its own bytes inside the tar."""
+    members = len(index.start)
+    arrays = (index.first, index.suffix, index.start, index.size)
+    if any(array.ndim != 1 for array in arrays) or not len(index.suffix) == members == len(index.size):
+        return False
+    if len(index.first) != len(index.keys) + 1 or index.first[0] != 0 or index.first[-1] != members:
+        return False
+    if not all(isinstance(name, str) for name in (*index.keys, *index.suffixes)):
+        return False
+    ends = np.concatenate([[0], index.start + index.size])
+    known = (index.suffix >= 0) & (index.suffix < len(index.suffixes))
+    apart = (index.start >= ends[:-1]) & (index.size >= 0) & (index.size <= index.tar_bytes)
+    return bool((np.diff(index.first) > 0).all() and known.all() and apart.all() and ends[-1] <= index.tar_bytes)
 
 
 # ---------------------------------------------------------------- the manifest
@@ -130,6 +151,12 @@ def read_manifest(store: Store) -> list[ShardInfo]:
     if not sum(shard.samples for shard in shards):
         raise ConfigError(f"the shards at {store.address} hold no samples")
     return shards
+
+
+def corpus_digest(shards: Sequence[ShardInfo]) -> str:
+    """SHA-256 in hex of the names and sample counts in order, which decide the order of training."""
+    rows = [[shard.name, shard.samples] for shard in shards]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def check_shards(store: Store) -> list[str]:
@@ -313,11 +340,17 @@ class ShardReader:
     def read(self, shard: str, sample: int) -> Sample:
         """One ranged read. MissingKey, StoreError or BrokenShard where the sample cannot be had."""
         index = self.index(shard)
-        members = index.members(sample)
+        if sample >= len(index.keys):
+            raise BrokenShard(f"{self.store.address}/{shard}{INDEX} has no sample {sample}: index the shards again")
+        key, members = index.keys[sample], index.members(sample)
         start, end = members[0].start, members[-1].end
         if self.cache is None:
-            return cut(index.keys[sample], members, self.store.read(shard, start, end))
-        return cut(index.keys[sample], members, self.cache.read(self.store, shard, start, end))
+            return cut(key, members, self.store.read(shard, start, end))
+        try:
+            return cut(key, members, self.cache.read(self.store, shard, start, end, index.tar_bytes))
+        except BrokenShard:  # by the cache's copy, perhaps
+            self.cache.drop(self.store, shard, start, end, index.tar_bytes)
+            return cut(key, members, self.cache.read(self.store, shard, start, end, index.tar_bytes))
 
 
 def cut(key: str, members: list[Member], data: bytes) -> Sample:

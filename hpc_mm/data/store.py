@@ -152,12 +152,20 @@ class FolderStore:
                 entries = sorted((entry.name + "/" if entry.is_dir() else entry.name, entry) for entry in found)
         except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            raise ConfigError(f"cannot list {self.address}/{folder}: {error.strerror}") from None
         for name, entry in entries:
             key = f"{folder}/{name}" if folder else name
             if name.endswith("/"):
                 yield from self._walk(key.removesuffix("/"))
             elif not name.endswith(PARTIAL):
-                yield Entry(key, entry.stat().st_size)
+                try:
+                    size = entry.stat().st_size
+                except FileNotFoundError:  # gone since, or a link to nothing
+                    continue
+                except OSError as error:
+                    raise ConfigError(f"cannot list {self.address}/{key}: {error.strerror}") from None
+                yield Entry(key, size)
 
     def size(self, key: str) -> int | None:
         path = self._path(key)

@@ -18,7 +18,7 @@ from hpc_mm.config import ConfigError, ImageSpec, Loader, Source
 from hpc_mm.data.batch import Batch, LeftOut, Unusable, collate, to_row, vocabulary
 from hpc_mm.data.cache import ReadCache
 from hpc_mm.data.schema import Sample
-from hpc_mm.data.shards import BrokenShard, ShardInfo, ShardReader, read_manifest
+from hpc_mm.data.shards import BrokenShard, ShardInfo, ShardReader, corpus_digest, read_manifest
 from hpc_mm.data.store import MissingKey, StoreError, open_store
 
 Key = TypeVar("Key")
@@ -123,6 +123,7 @@ class MicroBatches(Dataset[Batch]):
         positions(0, source.batch, accumulate, rank, world)  # says at once whether the batch can be divided
         self.store = open_store(source.data)
         self.shards = read_manifest(self.store)
+        self.corpus = corpus_digest(self.shards)  # another one is another order
         self.order = Order(self.shards, seed, source.shuffle_shards)
         self._readers: dict[int, tuple[ShardReader, ThreadPoolExecutor]] = {}  # by process id: threads do not fork
 

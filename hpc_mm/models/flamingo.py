@@ -35,6 +35,7 @@ from hpc_mm.models.language_model import (
     load_language,
     load_tokenizer,
 )
+from hpc_mm.models.openflamingo_weights import load_openflamingo
 from hpc_mm.models.vision_tower import image_spec, load_vision
 
 __all__ = ["FlamingoModel", "build", "load_tokenizer"]
@@ -44,6 +45,7 @@ def build(config: Flamingo, tokenizer: Any, seed: int) -> FlamingoModel:
     """The model of ``config`` on the CPU in fp32, with ``tokenizer`` from ``load_tokenizer``.
 
     What is random depends on ``seed`` alone, each part on its own stream; the global generator is left as it was.
+    ``config.weights`` is copied over it last.
     """
     with _seeded(seed, 0):
         vision = load_vision(config.vision)
@@ -53,6 +55,8 @@ def build(config: Flamingo, tokenizer: Any, seed: int) -> FlamingoModel:
         model = FlamingoModel(config, tokenizer, vision, language)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in config.trainable)
+    if config.weights:
+        load_openflamingo(model, config.weights)
     if config.compile:
         model.compile_parts()
     return model.train()
@@ -192,8 +196,8 @@ class FlamingoModel(nn.Module):
             return False
         return parameter.ndim >= 2 and not name.endswith("embedding")
 
-    def training_flops(self, rows: int, length: int, images: int, targets: int) -> float:
-        """Floating-point operations that training on a batch needs (the formula stands in ``flops``): ``rows`` of
-        ``length`` tokens, ``images`` encoded, and logits at ``targets`` positions."""
-        counts = {"image": max(images, 1), "token": rows * length, "pair": rows * length**2, "target": targets}
+    def training_flops(self, tokens: int, pairs: int, images: int, targets: int) -> float:
+        """Floating-point operations that training on a batch needs (the formula stands in ``flops``): ``tokens``
+        without padding, the sum of the squared row lengths as ``pairs``, ``images``, and ``targets`` with logits."""
+        counts = {"image": max(images, 1), "token": tokens, "pair": pairs, "target": targets}
         return sum(counts[work.per] * work.forward * (1 + work.backward) for work in self._work)

@@ -16,13 +16,15 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hpc_mm.config import ConfigError
-from hpc_mm.models.flamingo import FlamingoModel
+
+if TYPE_CHECKING:
+    from hpc_mm.models.flamingo import FlamingoModel
 
 GATED = re.compile(r"lang_encoder\.(?:.*\.)?(?:gated_cross_attn_layers\.(\d+)|(\d+)\.gated_cross_attn_layer)\.(.+)")
 LEARNT = ("resampler", "cross_attention")  # what every checkpoint must hold whole
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_openflamingo(model: FlamingoModel, source: str | Path | Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint (a file or its state dict) into ``model``, which must have its shape.
+    """Copy a checkpoint (a file, the folder of a checkpoint.pt, or a state dict) into ``model``, of the same shape.
 
     The resampler and all cross-attention must be there; the token tables and frozen parts are taken where they are.
     A ConfigError names the first thing that is missing, unknown or of another shape.
@@ -72,6 +74,9 @@ def openflamingo_state(model: FlamingoModel) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
+    path = path.expanduser()
+    if path.is_dir():
+        path /= "checkpoint.pt"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
@@ -80,7 +85,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise ConfigError(
             f"checkpoint {path} holds more than tensors and plain values; such a file could run code"
         ) from None
-    state = content.get("model_state_dict", content)
+    except RuntimeError:  # no zip, a cut one, or one of something else
+        raise ConfigError(f"checkpoint {path} is no whole file of torch.save (PyTorch 1.6 or later)") from None
+    state = content.get("model_state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"checkpoint {path} is no state dict of OpenFlamingo")
     return state

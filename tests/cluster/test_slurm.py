@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkout import environment, facts, launch, make_checkout, make_store, write_train
-from jobs import job_of, wait
+from jobs import job_of, start_now, wait
 
 pytestmark = pytest.mark.usefixtures("slurm")
 
@@ -62,7 +62,7 @@ def test_a_requeued_job_runs_again_from_its_snapshot(user: dict[str, str], tmp_p
     write_train(tmp_path / "checkout", 2)
     (run / "rank0.json").unlink()
     subprocess.run(["scontrol", "requeue", job], check=True)
-    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
+    start_now(job)
     assert wait(job) == "COMPLETED"
     assert facts(run, 0)["version"] == 1
 
@@ -104,7 +104,7 @@ def test_slurm_and_ours_agree_on_the_environment(user: dict[str, str], tmp_path:
             ["slurm.partition=short", "slurm.time=1:00:00"],
             "slurm.time=1:00:00 is over the limit of partition short: 00:10:00",
         ),
-        (["nodes=6"], "nodes=6: partition main gives a job at most 4"),
+        (["nodes=8", "sources.documents.batch=8"], "nodes=8: partition main gives a job at most 4"),
         (["gpus_per_node=2", "nodes=1"], "gpus_per_node=2: partition main has no GPUs"),
         (["slurm.cpus_per_task=64"], "sbatch would refuse this job"),
         (["slurm.memory=900G"], "sbatch would refuse this job"),

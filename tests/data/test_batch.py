@@ -1,4 +1,8 @@
+import importlib.util
 import random
+import textwrap
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -8,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import SPEC
+from transformers import AddedToken
 
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, Source
 from hpc_mm.data.batch import (
@@ -52,24 +57,50 @@ def shown(found: Row, *numbers: int) -> bool:
 # ---------------------------------------------------------------- labels
 
 
-def labels_by_loops(ids: list[int]) -> list[int]:
-    """The published rules token by token: OpenFlamingo's training, restated."""
-    labels = list(ids)
-    place = 0
-    while place < len(ids) and ids[place] != WORDS.image:
-        labels[place] = IGNORED
-        place += 1
-    for place in [i for i, token in enumerate(ids) if token == WORDS.endofchunk]:
-        after = place + 1
-        while after < len(ids) and ids[after] != WORDS.image:
-            labels[after] = IGNORED
-            after += 1
-    return [IGNORED if token == WORDS.image else label for token, label in zip(ids, labels, strict=True)]
+def reference_lines(form: str) -> CodeType:
+    """The lines of open_flamingo's training that make the labels of a batch of pairs or of documents."""
+    spec = importlib.util.find_spec("open_flamingo")
+    assert spec is not None and spec.submodule_search_locations
+    text = Path(spec.submodule_search_locations[0], "train", "train_utils.py").read_text()
+    _, pairs, documents = text.split("labels = input_ids.clone()\n")
+    found = (pairs if form == "pairs" else documents).split("labels = labels.to(device_id)")[0]
+    return compile(textwrap.dedent(found), f"open_flamingo's {form}", "exec")
 
 
-@given(st.lists(st.sampled_from([WORDS.image, WORDS.endofchunk, WORDS.eos, 20, 21]), max_size=24))
-def test_document_labels_equal_the_rules_token_by_token(ids: list[int]) -> None:
-    assert interleaved_labels(np.array(ids, dtype=np.int64), WORDS).tolist() == labels_by_loops(ids)
+REFERENCE = {form: reference_lines(form) for form in ("pairs", "interleaved")}
+
+
+def reference_labels(ids: torch.Tensor, form: str, tokenizer: Any) -> torch.Tensor:
+    """(B, T) labels of (B, T) ids as open_flamingo 2.0.1 makes them."""
+    values = {"torch": torch, "tokenizer": tokenizer, "labels": ids.clone()}
+    values |= {"media_token_id": WORDS.image, "endofchunk_token_id": WORDS.endofchunk}
+    exec(REFERENCE[form], values)
+    return values["labels"]
+
+
+@given(st.lists(st.sampled_from([WORDS.image, WORDS.endofchunk, WORDS.eos, 20, 21]), min_size=1, max_size=24))
+def test_document_labels_equal_the_references(ids: list[int]) -> None:
+    expected = reference_labels(torch.tensor([ids]), "interleaved", TOKENIZER)
+    assert interleaved_labels(np.array(ids, dtype=np.int64), WORDS).tolist() == expected[0].tolist()
+
+
+@pytest.mark.parametrize("pad", ["<PAD>", "</s>"])
+def test_labels_of_padded_batches_equal_the_references(pad: str) -> None:
+    """Where padding is the end token the reference takes that from the captions too, and ours does not."""
+    tokenizer = samples.word_tokenizer()
+    tokenizer.pad_token = pad
+    chunk = (image(1), Text("a red star"))
+    documents = [chunk * 3, (Text("left of"), *chunk, image(2), image(3), Text("a"), *chunk), chunk]
+    captions = [(image(1), Text("a")), (image(2), Text("a red star left of the square"))]
+    for form, bodies in (("interleaved", documents), ("pairs", captions)):
+        source = Source(data="x", form=form, batch=1, max_tokens=24)
+        rows = [to_row(Sample(f"{i}", parts), source, tokenizer, SPEC, 0, 0) for i, parts in enumerate(bodies)]
+        batch = collate(rows, tokenizer.pad_token_id, SPEC)
+        ours = batch.labels.clone()
+        if form == "pairs" and pad == "</s>":
+            ours[ours == tokenizer.eos_token_id] = IGNORED
+        assert ours.tolist() == reference_labels(batch.input_ids, form, tokenizer).tolist()
+        assert batch.targets > len(bodies)
 
 
 def test_document_row() -> None:
@@ -111,6 +142,14 @@ def test_no_text_makes_a_special_token(pieces: list[str]) -> None:
     found = row((Text(text), image(1), Text(f"a {text}"), image(2), Text("b")))
     assert (found.input_ids == WORDS.image).sum() == 2 == len(found.images)
     assert (found.input_ids == WORDS.endofchunk).sum() == 2
+
+
+def test_special_tokens_without_a_name_are_no_text_either() -> None:
+    """A chat tokenizer's <|eot_id|> is special, but no tokenizer attribute names it."""
+    tokenizer = samples.word_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True), AddedToken("<keyword>", special=False)])
+    assert "<|eot_id|>" not in tokenizer.all_special_tokens
+    assert plain("a <|eot_id|> <keyword> star", vocabulary(tokenizer)) == "a  <keyword> star"
 
 
 def test_half_a_surrogate_pair_is_no_error() -> None:

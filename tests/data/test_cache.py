@@ -28,8 +28,8 @@ def test_a_second_read_comes_from_the_folder(tmp_path: Path) -> None:
     cache = ReadCache(tmp_path / "cache", 10**6)
     Counting.reads = 0
     for _ in range(2):
-        assert cache.read(store, "key", 2, 5) == b"234"
-        assert cache.read(store, "key", 2, 6) == b"2345"
+        assert cache.read(store, "key", 2, 5, 10) == b"234"
+        assert cache.read(store, "key", 2, 6, 10) == b"2345"
     assert Counting.reads == 2
 
 
@@ -37,10 +37,23 @@ def test_a_damaged_file_is_read_again(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     store.write("key", b"0123456789")
     cache = ReadCache(tmp_path / "cache", 10**6)
-    cache.read(store, "key", 0, 10)
+    cache.read(store, "key", 0, 10, 10)
     (kept,) = files(tmp_path / "cache")
     kept.write_bytes(b"012")
-    assert cache.read(store, "key", 0, 10) == b"0123456789" == kept.read_bytes()
+    assert cache.read(store, "key", 0, 10, 10) == b"0123456789" == kept.read_bytes()
+
+
+def test_what_was_kept_of_another_version_or_dropped_is_read_again(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    cache = ReadCache(tmp_path / "cache", 10**6)
+    store.write("key", b"0123456789")
+    assert cache.read(store, "key", 0, 5, 10) == b"01234"
+    store.write("key", b"abcdefghijkl")
+    assert cache.read(store, "key", 0, 5, 12) == b"abcde"
+    assert cache.read(store, "key", 0, 5, 10) == b"01234"
+    for _ in range(2):
+        cache.drop(store, "key", 0, 5, 10)
+    assert cache.read(store, "key", 0, 5, 10) == b"abcde"
 
 
 def test_the_limit_holds_and_too_large_values_are_not_kept(tmp_path: Path) -> None:
@@ -48,8 +61,8 @@ def test_the_limit_holds_and_too_large_values_are_not_kept(tmp_path: Path) -> No
     store.write("key", os.urandom(3000))
     cache = ReadCache(tmp_path / "cache", 1000 * DRAWERS)
     for start in range(1000):
-        cache.read(store, "key", start, start + 400)
-        cache.read(store, "key", start, start + 1001)
+        cache.read(store, "key", start, start + 400, 3000)
+        cache.read(store, "key", start, start + 1001, 3000)
     sizes = [path.stat().st_size for path in files(tmp_path / "cache")]
     assert set(sizes) == {400} and DRAWERS < len(sizes) <= 2 * DRAWERS  # two fit into a drawer
 
@@ -60,9 +73,9 @@ def test_errors_of_the_store_come_through_and_a_full_disk_does_not(
     store = open_store(str(tmp_path / "store"))
     store.write("key", b"0123456789")
     with pytest.raises(MissingKey):
-        ReadCache(tmp_path / "cache", 10**6).read(store, "absent", 0, 5)
+        ReadCache(tmp_path / "cache", 10**6).read(store, "absent", 0, 5, 10)
     (tmp_path / "file").write_bytes(b"")
-    assert ReadCache(tmp_path / "file" / "below", 10**6).read(store, "key", 0, 5) == b"01234"
+    assert ReadCache(tmp_path / "file" / "below", 10**6).read(store, "key", 0, 5, 10) == b"01234"
     assert "keeps nothing" in caplog.text
 
 
@@ -70,7 +83,7 @@ def read_all(cache: ReadCache, address: str, wrong: "multiprocessing.Queue[int]"
     store = open_store(address)
     whole = store.read("key")
     places = [start for start in range(0, 2000, 7)] * 3
-    wrong.put(sum(cache.read(store, "key", start, start + 300) != whole[start : start + 300] for start in places))
+    wrong.put(sum(cache.read(store, "key", start, start + 300, 3000) != whole[start : start + 300] for start in places))
 
 
 def test_processes_share_it(tmp_path: Path) -> None:

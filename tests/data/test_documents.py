@@ -54,6 +54,10 @@ def test_natural_order_is_kept_and_missing_images_vanish() -> None:
         ({"texts": [None, None, None, "two", None]}, "both or neither"),
         ({"texts": [5, None, None, "two", None]}, "not a string"),
         ({"valid_image": [True]}, "valid_image"),
+        ({"valid_image": 5}, "valid_image"),
+        ({"images": 5}, "not a list"),
+        ({"images": True, "metadata": None}, "not a list"),
+        ({"images": [None, ["u/1"], "u/2", None, "u/3"], "valid_image": [False, True, True]}, "not text"),
     ],
 )
 def test_records_of_another_schema_are_told(changes: dict[str, Any], reason: str) -> None:
@@ -97,7 +101,9 @@ def test_images_stand_in_sentence_order() -> None:
     assert brief(parts) == ["u/2", "a", "b", "u/1", "c"]
 
 
-@pytest.mark.parametrize("rows", [[[1], [1, 2]], [["a"]], [[float("nan")]], 5, None, [1.0]])
+@pytest.mark.parametrize(
+    "rows", [[[1], [1, 2]], [["a"]], [[float("nan")]], 5, None, [1.0], [[]], [[], []], [[10**400]]]
+)
 def test_what_is_no_matrix_is_told(rows: Any) -> None:
     with pytest.raises(BrokenRecord, match="not a matrix"):
         matrix(rows)

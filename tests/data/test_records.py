@@ -11,7 +11,7 @@ import pytest
 
 from hpc_mm.config import ConfigError
 from hpc_mm.data.documents import BrokenRecord
-from hpc_mm.data.records import read_records
+from hpc_mm.data.records import DamagedFile, read_records
 from hpc_mm.data.store import Store, open_store
 
 ROWS = [{"url": f"u/{i}", "caption": f"Ein roter Kreis, Nr. {i} ü"} for i in range(700)]
@@ -54,11 +54,32 @@ def test_every_kind_gives_the_same_records(tmp_path: Path, key: str) -> None:
     assert read(store, key) == ROWS
 
 
+def test_an_empty_archive_is_told(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    zipfile.ZipFile(file, "w").close()
+    store = open_store(str(tmp_path))
+    store.write("a.jsonl.zip", file.getvalue())
+    with pytest.raises(DamagedFile, match=r"a.jsonl.zip is damaged: .*nothing is in it"):
+        read(store, "a.jsonl.zip")
+
+
+def test_a_wrong_byte_in_a_table_is_one_character(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("a.tsv", b"u/1\ta \xff star\nu/2\tb\n")
+    assert read(store, "a.tsv") == [{"url": "u/1", "caption": "a \ufffd star"}, {"url": "u/2", "caption": "b"}]
+
+
+def test_lines_that_no_parser_takes_are_broken_lines(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("a.jsonl", b"[" * 10**6 + b"\n" + b"1" * 10**4 + b"\n")
+    assert [str(row) for row in read(store, "a.jsonl")] == ["a line is not JSON"] * 2
+
+
 @pytest.mark.parametrize("key", ["a.jsonl.gz", "a.jsonl.zip", "a.json", "a.parquet", "a.tsv.gz"])
 def test_a_file_that_is_cut_is_told(tmp_path: Path, key: str) -> None:
     store = open_store(str(tmp_path))
     store.write(key, FILES[key][: len(FILES[key]) * 2 // 3])
-    with pytest.raises(ConfigError, match=f"{key} is damaged"):
+    with pytest.raises(DamagedFile, match=f"{key} is damaged"):
         read(store, key)
 
 

@@ -11,13 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_mm.config import ConfigError
+from hpc_mm.data.cache import ReadCache
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import (
     MANIFEST,
     BrokenShard,
+    ShardInfo,
     ShardReader,
     ShardWriter,
     check_shards,
+    corpus_digest,
     image_suffix,
     read_index,
     read_manifest,
@@ -125,6 +128,68 @@ def test_a_failed_index_is_tried_again(tmp_path: Path) -> None:
         reader.read(name, 0)
     store.write(name + ".index.json", index)
     assert reader.read(name, 0).id == "document00000"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keys": ["a"]},
+        {"keys": [1, 2]},
+        {"keys": []},
+        {"first": [0, 1]},
+        {"first": [0, 4, 2]},
+        {"first": [0, 0, 4]},
+        {"first": [[0, 2, 4]]},
+        {"suffix": [0, 1, 2, 9]},
+        {"suffixes": []},
+        {"start": [0, 2048, 4096]},
+        {"start": [-512, 2048, 4096, 6000]},
+        {"start": [6000, 2048, 4096, 512]},
+        {"size": [1, -5, 1, 1]},
+        {"size": [1, 1, 1, 10**9]},
+        {"size": [1, 1, 1, 10**30]},
+        {"tar_bytes": 5},
+        {"tar_bytes": None},
+    ],
+)
+def test_an_index_that_contradicts_itself_is_told(tmp_path: Path, changes: dict[str, Any]) -> None:
+    store = open_store(str(tmp_path))
+    values = {"tar_bytes": 10240, "keys": ["a", "b"], "first": [0, 2, 4], "suffixes": ["jpg", "txt"]}
+    values |= {"suffix": [0, 1, 0, 1], "start": [512, 2048, 4096, 6000], "size": [1, 1, 1, 1]}
+    store.write("a.tar.index.json", json.dumps(values).encode())
+    assert read_index(store, "a.tar").keys == ["a", "b"]
+    store.write("a.tar.index.json", json.dumps({**values, **changes}).encode())
+    with pytest.raises(BrokenShard, match="index the shards again"):
+        read_index(store, "a.tar")
+
+
+def test_an_index_shorter_than_the_manifest_says_is_told(tmp_path: Path) -> None:
+    store = write(tmp_path, 3, max_bytes=2**30)
+    with pytest.raises(BrokenShard, match=r"shard-000000.tar.index.json has no sample 3: index the shards again"):
+        ShardReader(store).read("shard-000000.tar", 3)
+
+
+def test_a_corpus_is_known_by_its_names_and_counts() -> None:
+    shards = [ShardInfo("a.tar", 5, 100), ShardInfo("b.tar", 6, 100)]
+    digest = corpus_digest(shards)
+    assert digest == corpus_digest([ShardInfo("a.tar", 5, 999), shards[1]])
+    others = [shards[::-1], shards[:1], [ShardInfo("a.tar", 6, 100), ShardInfo("b.tar", 5, 100)]]
+    assert len({digest, *map(corpus_digest, others), corpus_digest([ShardInfo("c.tar", 5, 100), shards[1]])}) == 5
+    assert (
+        digest == "ba123b9ac985b2591af27d65f2ece80c3ceb8d0ea861bc664d93608a2c555676"
+    )  # checkpoints hold it: it must not change
+
+
+def test_a_damaged_copy_in_the_cache_is_read_again(tmp_path: Path) -> None:
+    store = write(tmp_path / "store", 1)
+    cache = ReadCache(tmp_path / "cache", 10**9)
+    reader = ShardReader(store, cache=cache)
+    assert reader.read("shard-000000.tar", 0).id == "document00000"
+    (kept,) = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    good = kept.read_bytes()
+    kept.write_bytes(bytes(len(good)))
+    assert reader.read("shard-000000.tar", 0).id == "document00000"
+    assert kept.read_bytes() == good
 
 
 def test_bytes_that_are_no_sample_are_told(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
+import json
 import os
 import pickle
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -99,6 +101,27 @@ def test_lists_are_sorted_by_key_as_in_s3(
     assert [entry.key for entry in store.list(prefix)] == expected
 
 
+def test_a_link_to_nothing_is_not_listed(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("a", b"abc")
+    (tmp_path / "b").symlink_to(tmp_path / "nowhere")
+    assert [entry.key for entry in store.list()] == ["a"]
+
+
+def test_a_folder_that_may_not_be_listed_is_told() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "closed").mkdir(mode=0)
+        user = os.geteuid()
+        if not user:
+            os.seteuid(65534)  # root may list anything
+        try:
+            with pytest.raises(ConfigError, match=r"cannot list .*closed: Permission denied"):
+                list(open_store(folder).list())
+        finally:
+            os.seteuid(user)
+
+
 def test_a_value_as_a_file(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     data = os.urandom(3_000_000)
@@ -117,6 +140,10 @@ class Faulty(BaseHTTPRequestHandler):
     """Answers GETs with what ``server.answers`` lists, one after the other, the last one for ever."""
 
     protocol_version = "HTTP/1.1"
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
 
     def do_GET(self) -> None:
         server = self.server
@@ -208,6 +235,57 @@ def test_an_endpoint_where_nothing_answers(monkeypatch: pytest.MonkeyPatch, faul
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port
     with pytest.raises(ConfigError, match=r"nothing answers at http://127.0.0.1:9 within 0.3 s; AWS_ENDPOINT_URL"):
         open_store("s3://bucket", deadline=0.3).read("key")
+
+
+def test_an_outage_of_a_store_that_has_answered_is_no_mistake_of_the_users(
+    monkeypatch: pytest.MonkeyPatch, faulty: ThreadingHTTPServer
+) -> None:
+    """Not in this process alone: reading workers are born from one that has read the manifest."""
+    faulty.answers = [answer(404, error("NoSuchKey"))]
+    store = open_store("s3://bucket", deadline=0.3)
+    with pytest.raises(MissingKey):
+        store.read("key")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port
+    with pytest.raises(StoreError, match=r"key in s3://bucket: failed for 0.3 s: .*127.0.0.1:9"):
+        pickle.loads(pickle.dumps(store)).read("key")
+
+
+def failing_credentials(monkeypatch: pytest.MonkeyPatch, folder: Path, failures: int) -> None:
+    """Credentials from a program that fails at first."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    keys = {"Version": 1, "AccessKeyId": "key", "SecretAccessKey": "secret"}
+    program = folder / "credentials.sh"
+    program.write_text(
+        f"echo >> {folder}/calls\n[ $(wc -l < {folder}/calls) -gt {failures} ] || exit 1\necho '{json.dumps(keys)}'\n"
+    )
+    (folder / "config").write_text(f"[default]\ncredential_process = sh {program}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "absent"))
+
+
+def test_credentials_that_cannot_be_fetched_are_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, faulty: ThreadingHTTPServer
+) -> None:
+    faulty.answers = [answer(200, b"abc")]
+    failing_credentials(monkeypatch, tmp_path, failures=2)
+    assert open_store("s3://bucket").read("key") == b"abc"
+
+
+def test_credentials_that_are_never_fetched_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, faulty: ThreadingHTTPServer
+) -> None:
+    failing_credentials(monkeypatch, tmp_path, failures=10**6)
+    with pytest.raises(ConfigError, match=r"s3://bucket: no usable credentials"):
+        open_store("s3://bucket", deadline=0.3).read("key")
+
+
+def test_a_large_upload_has_time_in_proportion(faulty: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """Seven mebibytes have seven seconds more, so that four busy answers (0.7 s of waiting) end nothing."""
+    faulty.answers = [answer(503, error("SlowDown"))] * 4 + [answer(200, b"")]
+    (tmp_path / "file").write_bytes(bytes(7 * 2**20))
+    open_store("s3://bucket", deadline=0.2).upload("key", tmp_path / "file")
+    assert faulty.seen == 5
 
 
 def test_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, faulty: ThreadingHTTPServer) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from hpc_mm.config import ConfigError, Loader, Source
 from hpc_mm.data.batch import Batch
 from hpc_mm.data.schema import Image, Sample, Text
-from hpc_mm.data.shards import ShardInfo, ShardWriter, read_manifest
+from hpc_mm.data.shards import ShardInfo, ShardWriter, corpus_digest, read_manifest
 from hpc_mm.data.store import open_store
 from hpc_mm.data.stream import MicroBatches, Order, Place, make_loader, positions
 
@@ -261,6 +261,24 @@ def test_unreadable_samples_leave_their_places_empty(tmp_path: Path) -> None:
             assert reasons["pairs-000002.tar:0"].startswith("no pairs-000002.tar in")
             assert "is no shard index" in reasons["pairs-000003.tar:0"]
             assert "sample pair00004" in reasons["pairs-000004.tar:0"]
+
+
+def test_an_index_with_fewer_samples_than_the_manifest_leaves_places_empty(tmp_path: Path) -> None:
+    for count in (4, 3):
+        with ShardWriter(open_store(str(tmp_path / f"{count}")), "pairs") as writer:
+            for number in range(count):
+                writer.add(samples.pair(number))
+    name = "pairs-000000.tar.index.json"
+    (tmp_path / "4" / name).write_bytes((tmp_path / "3" / name).read_bytes())
+    (batch,) = loader(source(str(tmp_path / "4"), form="pairs", batch=4), steps=(0, 1))
+    assert len(batch.ids) == 3
+    assert [place for place, _ in batch.unreadable] == ["pairs-000000.tar:3"]
+
+
+def test_a_stream_knows_its_corpus(documents: str) -> None:
+    dataset = loader(source(documents)).dataset
+    assert isinstance(dataset, MicroBatches)
+    assert dataset.corpus == corpus_digest(read_manifest(open_store(documents)))
 
 
 def test_a_rank_without_any_row_still_has_a_batch(tmp_path: Path) -> None:

@@ -24,9 +24,11 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def make(tokenizer_file: str) -> Callable[..., FlamingoModel]:
-    """Builds a small Flamingo on one family; gates are opened so that images matter."""
+    """Builds a small Flamingo on one family; gates are opened, unless told not to, so that images matter."""
 
-    def make(family: str = "llama", seed: int = 0, tokens: str = "before_ln_post", **config: Any) -> FlamingoModel:
+    def make(
+        family: str = "llama", seed: int = 0, tokens: str = "before_ln_post", opened: bool = True, **config: Any
+    ) -> FlamingoModel:
         extra = config.pop("architecture", {})
         language = Language(
             tokenizer=config.pop("tokenizer", tokenizer_file), architecture={**FAMILIES[family], **extra}
@@ -34,7 +36,8 @@ def make(tokenizer_file: str) -> Callable[..., FlamingoModel]:
         vision = Vision(architecture=TOWER, tokens=tokens)
         sizes = {"cross_attn_every_n_layers": 2, "resampler_depth": 2, "resampler_latents": 4, **config}
         model = build(Flamingo(vision=vision, language=language, **sizes), load_tokenizer(language), seed)
-        open_gates(model)
+        if opened:
+            open_gates(model)
         return model
 
     return make

@@ -58,6 +58,20 @@ def test_generation_with_a_cache_equals_one_without(make: Make, family: str) -> 
     )
 
 
+@families
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_after_padding_equals_each_row_alone(make: Make, family: str, beams: int) -> None:
+    model = make(family).eval()
+    sharpen(model)
+    ids, mask, images, counts = ragged(left=True)
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
+    together = model.generate(ids, mask, images, counts, **how)[:, 12:]
+    for row, own in enumerate(images.split(counts.tolist())):
+        prompt = ids[row : row + 1, mask[row].bool()]
+        alone = model.generate(prompt, torch.ones_like(prompt), own, counts[row : row + 1], **how)
+        assert torch.equal(alone[0, prompt.shape[1] :], together[row]), row
+
+
 def test_images_are_encoded_once_for_all_beams(make: Make) -> None:
     model = make().eval()
     seen = []

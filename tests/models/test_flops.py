@@ -24,5 +24,5 @@ def test_training_flops(make: Callable[..., FlamingoModel], trainable: tuple[str
     with FlopCounterMode(display=False) as counter:
         loss = functional.cross_entropy(model(*batch).flatten(0, 1), ids.flatten())
         loss.backward()
-    estimate = model.training_flops(rows=2, length=32, images=4, targets=64)
+    estimate = model.training_flops(tokens=64, pairs=2 * 32**2, images=4, targets=64)
     assert estimate == pytest.approx(counter.get_total_flops(), rel=0.05)

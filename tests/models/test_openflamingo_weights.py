@@ -87,7 +87,41 @@ def test_a_checkpoint_of_another_shape_is_refused(make: Make, tmp_path: Path) ->
         load_openflamingo(make(), tmp_path / "none.pt")
 
 
+class Toucher:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., int], tuple[Path, bytes]]:
+        return Path.write_bytes, (self.file, b"")
+
+
 def test_a_pickle_that_runs_code_is_refused(make: Make, tmp_path: Path) -> None:
-    torch.save({"model_state_dict": Path("/")}, tmp_path / "bad.pt")
-    with pytest.raises(ConfigError, match=r"bad.pt"):
+    torch.save({"model_state_dict": Toucher(tmp_path / "ran")}, tmp_path / "bad.pt")
+    with pytest.raises(ConfigError, match="could run code"):
         load_openflamingo(make(), tmp_path / "bad.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_of_something_else_is_refused(make: Make, tmp_path: Path) -> None:
+    model, file = make(), tmp_path / "checkpoint.pt"
+    file.write_text("<html>404</html>")
+    with pytest.raises(ConfigError, match="no whole file"):
+        load_openflamingo(model, file)
+    torch.save(openflamingo_state(model), file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ConfigError, match="no whole file"):
+        load_openflamingo(model, file)
+    for content in (torch.zeros(3), [1], {"model_state_dict": 1}, {"epoch": 1}):
+        torch.save(content, file)
+        with pytest.raises(ConfigError, match="no state dict of OpenFlamingo"):
+            load_openflamingo(model, file)
+
+
+@pytest.mark.parametrize("weights", ["checkpoint.pt", "", "~"])
+def test_a_model_is_built_from_them(make: Make, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = make(seed=1)
+    torch.save({"model_state_dict": openflamingo_state(source)}, tmp_path / "checkpoint.pt")
+    built = make(seed=2, weights=weights if weights == "~" else str(tmp_path / weights), opened=False)
+    assert_loaded(built, source)
