@@ -152,8 +152,8 @@ class Training:
         self.window = self.new_window()
 
     def open_streams(self, tokenizer: Any) -> dict[str, Iterator[Batch]]:
-        """This rank's micro-batches from the step we are at. The order is the shards', so they must be the same ones."""
-        streams = {}
+        """This rank's micro-batches from the step we are at. The shards decide the order, so they must be the same."""
+        streams: dict[str, Iterator[Batch]] = {}
         for name, source in self.run.sources.items():
             loader = make_loader(
                 source,

@@ -53,4 +53,4 @@ def test_real_input_trains_and_the_loss_falls(shared_data: Path, tmp_path: Path)
     for source_name in ("documents", "pairs"):
         losses = [line[f"loss/{source_name}"] for line in found]
         print(f"{source_name}: {losses[0]:.3f} at step 1, {losses[-1]:.3f} at step 30")
-        assert losses[-1] < 0.7 * losses[0]
+        assert losses[-1] < 0.8 * losses[0]

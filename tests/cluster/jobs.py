@@ -11,12 +11,26 @@ def job_of(folder: Path) -> str:
 
 def start_now(job: str) -> None:
     """Begin a requeued job at once; Slurm would hold it back for two minutes."""
-    for _ in range(60):
+    for _ in range(120):
         state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
-        if state != "PENDING":
+        if (
+            state == "PENDING"
+            and not subprocess.run(
+                ["scontrol", "update", f"jobid={job}", "starttime=now"], capture_output=True
+            ).returncode
+        ):
             return
-        subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], capture_output=True)
-        time.sleep(1)
+        time.sleep(0.5)
+    raise AssertionError(f"job {job} does not come back into the queue: {state}")
+
+
+def appears(file: Path, seconds: int = 120) -> None:
+    """Wait for a file that a job writes."""
+    for _ in range(seconds * 5):
+        if file.exists():
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{file} does not appear")
 
 
 def wait(job: str, seconds: int = 120) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkout import environment, facts, launch, make_checkout, make_store, write_train
-from jobs import job_of, start_now, wait
+from jobs import appears, job_of, start_now, wait
 
 pytestmark = pytest.mark.usefixtures("slurm")
 
@@ -55,16 +55,18 @@ def test_an_edit_of_the_checkout_changes_no_queued_job(user: dict[str, str], tmp
 
 
 def test_a_requeued_job_runs_again_from_its_snapshot(user: dict[str, str], tmp_path: Path) -> None:
-    assert launch(user, "recipe=toy", "nodes=1").returncode == 0
+    assert launch({**user, "TEST_SLEEP": "300"}, "recipe=toy", "nodes=1").returncode == 0
     run = tmp_path / "runs" / "toy"
     job = job_of(run)
-    assert wait(job) == "COMPLETED"
+    appears(run / "rank0.json")
     write_train(tmp_path / "checkout", 2)
     (run / "rank0.json").unlink()
     subprocess.run(["scontrol", "requeue", job], check=True)
     start_now(job)
-    assert wait(job) == "COMPLETED"
+    appears(run / "rank0.json")
+    subprocess.run(["scancel", job], check=True)
     assert facts(run, 0)["version"] == 1
+    assert facts(run, 0)["SLURM_RESTART_COUNT"] == "1"
 
 
 def test_a_run_in_the_queue_is_not_started_twice(user: dict[str, str], tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from tiny import WORDS
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from hpc_mm.data.batch import Batch
 from hpc_mm.models.flamingo import FlamingoModel
+from hpc_mm.train import COUNTS, count
 
 EVERYTHING = ("vision", "language", "resampler", "cross_attention", "new_tokens")
 
@@ -26,3 +28,15 @@ def test_training_flops(make: Callable[..., FlamingoModel], trainable: tuple[str
         loss.backward()
     estimate = model.training_flops(tokens=64, pairs=2 * 32**2, images=4, targets=64)
     assert estimate == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_padding_is_no_work(make: Callable[..., FlamingoModel]) -> None:
+    model = make()
+    ids = torch.randint(1, WORDS, (2, 32))
+    mask = (torch.arange(32) < torch.tensor([[32], [8]])).long()
+    batch = Batch(
+        ids, mask, ids.where(mask.bool(), -100), torch.zeros(1, 3, 16, 16), torch.tensor([1, 0]), ["a"], [], []
+    )
+    found = dict(zip(COUNTS, count(model, [{"pairs": batch}])[0].tolist(), strict=True))
+    assert (found["tokens"], found["padded_tokens"], found["targets"]) == (40, 64, 38)
+    assert found["flops"] == model.training_flops(tokens=32 + 8, pairs=32**2 + 8**2, images=1, targets=38)
