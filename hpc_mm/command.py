@@ -54,7 +54,7 @@ def uses_deepspeed(strategy: str) -> bool:
     file = strategy_file(strategy)
     try:
         values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"strategy={strategy!r}: {file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or "distributed_type" not in values:
         raise ConfigError(
@@ -124,7 +124,9 @@ def sbatch_script(run: Run, submission: Submission) -> str:
         f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
         for name, value in directives(run, submission).items()
     ]
-    setup = ["set -eo pipefail", f"cd {shlex.quote(str(submission.code))}  # the code as it was at submission"]
+    setup = ["set -eo pipefail"]
+    setup.append(f"echo $SLURM_JOB_ID > {shlex.quote(str(submission.folder / 'job_id'))}")
+    setup.append(f"cd {shlex.quote(str(submission.code))}  # the code as it was at submission")
     setup.append("export PYTHONPATH=$PWD")
     if not run.slurm.container:
         setup.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")

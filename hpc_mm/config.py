@@ -415,10 +415,19 @@ def at_site(run: Run, site: Site) -> Run:
     values["slurm"].update(site.slurm)
     for source in values["sources"].values():
         source["data"] = in_store(source["data"], site.store)
-    tokenizer = values["model"]["language"]["tokenizer"]
+    model = values["model"]
+    tokenizer = model["language"]["tokenizer"]
     if tokenizer.startswith(STORE_PREFIX):
-        values["model"]["language"]["tokenizer"] = in_store(tokenizer.removeprefix(STORE_PREFIX), site.store)
+        model["language"]["tokenizer"] = in_store(tokenizer.removeprefix(STORE_PREFIX), site.store)
+    for part, key in ((model["language"], "name"), (model["language"], "tokenizer"), (model["vision"], "pretrained")):
+        part[key] = _whole_path(part[key])
+    model["weights"] = _whole_path(model["weights"])
     return validated(Run, values)  # type: ignore[no-any-return]
+
+
+def _whole_path(name: str) -> str:
+    """A file or folder that lies here, as the job will find it from its own folder; a hub id or a tag as it is."""
+    return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
 
 
 def in_store(address: str, store: str) -> str:

@@ -26,10 +26,11 @@ def main(arguments: Sequence[str]) -> int:
         print(usage.text())
         return 0
     from hpc_mm.config import ConfigError
+    from hpc_mm.data.store import StoreError
 
     try:
         return launch(arguments)
-    except ConfigError as error:
+    except (ConfigError, StoreError, OSError) as error:  # OSError: of disks and shared folders, which say it in a line
         print(f"hpc_mm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -115,21 +116,23 @@ def queue(run: Run, folder: Path) -> int:
     from hpc_mm import slurm
     from hpc_mm.command import sbatch_script
     from hpc_mm.config import ConfigError
-    from hpc_mm.submission import frozen_tokenizer, last_slurm_job, locked, next_submission, withdraw, write
+    from hpc_mm.submission import frozen_tokenizer, last_submission, locked, next_submission, withdraw, write
 
     slurm.check(run, sbatch_script(run, next_submission(folder)))
     check_data(run)
     run, tokenizer = frozen_tokenizer(run, folder)
     with locked(folder):
-        slurm.refuse_if_active(last_slurm_job(folder), str(folder))
-        new = announce(run, tokenizer, folder)
+        slurm.refuse_if_active(last_submission(folder))
+        announce(run, tokenizer, folder)
+        frozen = folder / "run.json"
+        before = frozen.read_bytes() if frozen.exists() else None
         submission = next_submission(folder)
         script = sbatch_script(run, submission)
         write(run, tokenizer, submission, {"job.sbatch": script})
         try:
             job = slurm.submit(script, run, submission)
         except ConfigError:
-            withdraw(submission, new)
+            withdraw(submission, before)
             raise
     print(f"submitted job {job}: {run.name} on {run.nodes} nodes\n  folder  {folder}\n  logs    {submission.log('*')}")
     print(f"  watch   tail -f {folder / 'metrics.jsonl'}\n  cancel  scancel {job}")
@@ -139,13 +142,13 @@ def queue(run: Run, folder: Path) -> int:
 def here(run: Run, folder: Path) -> int:
     """Check everything, freeze the run, and train on this machine until it ends."""
     from hpc_mm import local, slurm
-    from hpc_mm.submission import frozen_tokenizer, last_slurm_job, locked, next_submission, write
+    from hpc_mm.submission import frozen_tokenizer, last_submission, locked, next_submission, write
 
     local.check(run)
     check_data(run)
     run, tokenizer = frozen_tokenizer(run, folder)
-    with locked(folder):
-        slurm.refuse_if_active(last_slurm_job(folder), str(folder))
+    with locked(folder) as lock:
+        slurm.refuse_if_active(last_submission(folder))
         announce(run, tokenizer, folder)
         submission, port = next_submission(folder), local.free_port()
         write(run, tokenizer, submission, local.texts(run, submission, port))
@@ -153,23 +156,22 @@ def here(run: Run, folder: Path) -> int:
             f"{run.name}: {run.nodes} nodes on this machine, strategy {run.strategy}, logs {submission.log('*')}",
             flush=True,
         )
-        code = local.train(run, submission, port)
+        code = local.train(run, submission, port, lock)
     if code == 0:
         print(f"done: {folder}")
     return code
 
 
-def announce(run: Run, tokenizer: bytes | None, folder: Path) -> bool:
-    """Say whether the run is new (True) or goes on, and with which other values; refuse another run of that name."""
+def announce(run: Run, tokenizer: bytes | None, folder: Path) -> None:
+    """Say whether the run goes on, and with which other values; refuse another run of that name."""
     from hpc_mm.submission import changes
 
     changed = changes(run, tokenizer, folder)
     if changed is None:
-        return True
+        return
     print(f"{run.name} exists: going on with it")
     for line in changed:
         print(f"  {line}")
-    return False
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +22,7 @@ from hpc_mm.progress import Progress
 ADDRESS = "127.0.0.1"
 GRACE = 40  # seconds between SIGTERM and SIGKILL: torch's own agent gives its workers 30
 LAST_LINES = 20
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a run
 
 
 def check(run: Run) -> None:
@@ -76,10 +77,13 @@ def texts(run: Run, submission: Submission, port: int) -> dict[str, str]:
     return {"command.txt": "".join(lines)}
 
 
-def train(run: Run, submission: Submission, port: int) -> int:
-    """Run all nodes to their end; 0, or 1 after showing the end of the log of the node that failed."""
+def train(run: Run, submission: Submission, port: int, lock: int) -> int:
+    """Run all nodes to their end; 0, or 1 after showing the end of the log of the node that failed.
+
+    ``lock``: descriptor of the run folder's lock. Nodes keep it too, so it outlives a launcher that is killed.
+    """
     progress = Progress(run, submission.run_folder / "metrics.jsonl")
-    with _terminated_as_interrupted(), _nodes(run, submission, port) as nodes:
+    with _terminated_as_interrupted(), _nodes(run, submission, port, lock) as nodes:
         try:
             with progress:
                 failed = _watch(nodes, progress)
@@ -117,7 +121,7 @@ def _watch(nodes: list[subprocess.Popen[bytes]], progress: Progress) -> int | No
 
 
 @contextmanager
-def _nodes(run: Run, submission: Submission, port: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _nodes(run: Run, submission: Submission, port: int, lock: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """One process group per node; whatever happens, none outlives the block."""
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -134,36 +138,60 @@ def _nodes(run: Run, submission: Submission, port: int) -> Iterator[list[subproc
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
+                        pass_fds=(lock,),
                     )
                 )
         yield started
     finally:
-        _end(started)
+        _end(started, submission.code)
 
 
-def _end(nodes: list[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM to every group that still lives; SIGKILL to what is left after the grace time."""
+def _end(nodes: list[subprocess.Popen[bytes]], code: Path) -> None:
+    """SIGTERM to every group; SIGKILL to what is left when accelerate has ended or the grace time is over."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDINGS}  # a second Ctrl-C must not end this
     for node in nodes:
-        if node.poll() is None:
-            os.killpg(node.pid, signal.SIGTERM)
+        _signal_group(node.pid, signal.SIGTERM)
     end = time.monotonic() + GRACE
     for node in nodes:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             node.wait(timeout=max(end - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+        _signal_group(node.pid, signal.SIGKILL)
+        node.wait()
+    for process in _running(code):  # torch gives every worker a session of its own, so it is in no group of ours
+        _signal_group(process, signal.SIGKILL)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _signal_group(leader: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(leader, number)
+
+
+def _running(code: Path) -> set[int]:
+    """Process groups on this machine whose Python path is this submission's code."""
+    groups = set()
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"PYTHONPATH={code}".encode() in file.read_bytes().split(b"\0"):
+                groups.add(os.getpgid(int(file.parent.name)))
+        except OSError:
+            continue  # another user's, or it has ended since
+    return groups - {os.getpgrp()}
 
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends this launcher as Ctrl-C does, so that its nodes end with it."""
+    """SIGTERM and a closed terminal end this launcher as Ctrl-C does, so that its nodes end with it."""
 
     def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    # What is ignored stays so: nohup ignores SIGHUP.
+    caught = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in caught}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,17 +23,29 @@ class Metrics:
 
     def __init__(self, file: Path):
         self.file = file
-        self.offset = file.stat().st_size if file.exists() else 0
+        found = file.stat() if file.exists() else None
+        self.inode, self.offset = (found.st_ino, found.st_size) if found else (0, 0)
+        self.newest = time.time()  # of the last line that was news, in unix seconds
 
     def news(self) -> list[dict[str, Any]]:
-        """New whole lines; a line that is still being written waits for the next look."""
+        """New whole lines; a line that is still being written waits for the next look.
+
+        A run that goes on replaces the file by its beginning: of another file, only lines written since are news.
+        """
         if not self.file.exists():
             return []
         with self.file.open("rb") as stream:
+            found = os.fstat(stream.fileno())
+            replaced = (self.inode or found.st_ino) != found.st_ino or found.st_size < self.offset
+            self.inode, self.offset = found.st_ino, 0 if replaced else self.offset
             stream.seek(self.offset)
             whole = stream.read().rpartition(b"\n")[0]
         self.offset += len(whole) + 1 if whole else 0
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if replaced:
+            lines = [line for line in lines if line["time"] > self.newest]
+        self.newest = lines[-1].get("time", self.newest) if lines else self.newest
+        return lines
 
 
 class Progress:

@@ -47,10 +47,16 @@ def check(run: Run, script: str) -> None:
         raise ConfigError(
             f"this cluster has no default partition: set slurm.partition to one of {', '.join(sorted(partitions))}"
         )
+    problems = []
     for name in names:
         if name not in partitions:
             raise unknown("slurm.partition", name, partitions)
-        _check_partition(run, name, partitions[name])
+        try:
+            _check_partition(run, name, partitions[name])
+        except ConfigError as error:
+            problems.append(error)
+    if len(problems) == len(names):  # Slurm starts a job in any one of several partitions
+        raise problems[0]
     test = subprocess.run(
         ["sbatch", "--test-only"], input=script, env=job_environment(), capture_output=True, text=True
     )
@@ -60,7 +66,7 @@ def check(run: Run, script: str) -> None:
 
 def _partitions() -> dict[str, dict[str, str]]:
     """Partition name -> Slurm's own words about it: Default, MaxTime, TotalNodes, ..."""
-    lines = _ask("scontrol", "show", "partition", "-o").splitlines()
+    lines = _ask("scontrol", "show", "partition", "-a", "-o").splitlines()
     found = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
     return {values["PartitionName"]: values for values in found if "PartitionName" in values}
 
@@ -97,10 +103,16 @@ def job_environment() -> dict[str, str]:
     }
 
 
-def refuse_if_active(job: str | None, folder: str) -> None:
+def refuse_if_active(last: Submission | None) -> None:
     """A run whose last job still waits or runs must not be started twice."""
-    if job is None:
+    if last is None or not (last.folder / "job.sbatch").exists():
         return
+    file, folder = last.folder / "job_id", last.run_folder
+    if not file.exists() and not is_here():
+        raise ConfigError(f"run {folder} has a Slurm job without an id, and no Slurm is here to say what became of it")
+    job = file.read_text().strip() if file.exists() else find(last)
+    if not job:
+        return  # sbatch was never reached
     if not is_here():
         raise ConfigError(f"run {folder} is Slurm's job {job}, and no Slurm is here to say whether it has ended")
     answer = subprocess.run(["squeue", "--noheader", "-j", job, "-o", "%T"], capture_output=True, text=True)
@@ -110,6 +122,16 @@ def refuse_if_active(job: str | None, folder: str) -> None:
         raise ConfigError(
             f"run {folder} is in the queue: job {job} is {answer.stdout.split()[0]}; scancel {job} ends it"
         )
+
+
+def find(submission: Submission) -> str | None:
+    """Id of a job in the queue that nobody noted: the launcher was killed between sbatch and writing it down."""
+    name, script = submission.run_folder.name, str(submission.folder / "job.sbatch")
+    for line in _ask("squeue", "--me", "--noheader", f"--name={name}", "-o", "%i %o").splitlines():
+        job, _, command = line.partition(" ")
+        if command.strip() == script:
+            return job
+    return None
 
 
 def submit(script: str, run: Run, submission: Submission) -> str:
@@ -132,8 +154,11 @@ def submit(script: str, run: Run, submission: Submission) -> str:
     executor.update_parameters(nodes=run.nodes)
     executor.folder.mkdir(exist_ok=True)
     try:
-        job = executor._submit_command(script)
-    except submitit.core.utils.FailedJobError as error:
-        raise ConfigError(f"sbatch refused the job: {_one_line(str(error))}") from None
-    (submission.folder / "job_id").write_text(f"{job.job_id}\n")
-    return str(job.job_id)
+        job = str(executor._submit_command(script).job_id)
+    except submitit.core.utils.FailedJobError as error:  # sbatch refused, or said what submitit cannot read
+        queued = find(submission)
+        if queued is None:
+            raise ConfigError(f"sbatch refused the job: {_one_line(str(error))}") from None
+        job = queued
+    (submission.folder / "job_id").write_text(f"{job}\n")
+    return job

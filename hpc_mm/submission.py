@@ -19,15 +19,23 @@ SNAPSHOT = ("hpc_mm", "accelerate_configs", "sbatch")  # all that a job reads of
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's folder, so that two launchers never work on it at once; a local run holds it to its end."""
-    folder.mkdir(parents=True, exist_ok=True)
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the run's folder, so that two launchers never work on it at once; a local run holds it to its end.
+
+    Gives the lock's descriptor: the lock lives as long as any process that has inherited it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run's folder {folder} cannot be made: {error.strerror}; set HPC_MM_RUNS") from None
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"run {folder} is being launched or trained by another process on this machine") from None
-        yield
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be locked ({error.strerror}): set HPC_MM_RUNS elsewhere") from None
+        yield file.fileno()
 
 
 def next_submission(folder: Path) -> Submission:
@@ -38,17 +46,15 @@ def _numbers(folder: Path) -> list[int]:
     return sorted(int(found.name) for found in (folder / "submissions").glob("[0-9][0-9][0-9]"))
 
 
-def last_slurm_job(folder: Path) -> str | None:
-    """Id of the newest submission's Slurm job, if it has one."""
+def last_submission(folder: Path) -> Submission | None:
     numbers = _numbers(folder)
-    file = Submission(folder, numbers[-1]).folder / "job_id" if numbers else None
-    return file.read_text().strip() if file and file.exists() else None
+    return Submission(folder, numbers[-1]) if numbers else None
 
 
 def frozen_tokenizer(run: Run, folder: Path) -> tuple[Run, bytes | None]:
     """The run with its tokenizer file (in a store or on disk) inside the run's folder, and the bytes to put there."""
     address = run.model.language.tokenizer
-    if not address.endswith(".json") or address.startswith(str(folder)):
+    if not address.endswith(".json") or Path(address).is_relative_to(folder):
         return run, None
     from hpc_mm.data.store import open_store
 
@@ -68,7 +74,10 @@ def changes(run: Run, tokenizer: bytes | None, folder: Path) -> list[str] | None
         return None
     found = differences(read_run(folder), run)
     refused = [line for line in found if not line.startswith(MAY_CHANGE)]
-    if tokenizer is not None and (folder / "tokenizer.json").read_bytes() != tokenizer:
+    frozen = folder / "tokenizer.json"
+    if tokenizer is not None and not frozen.exists():
+        raise ConfigError(f"run {run.name} has lost its tokenizer: there is no {frozen}; put the same file there")
+    if tokenizer is not None and frozen.read_bytes() != tokenizer:
         refused.append("model.language.tokenizer: the file has other contents now")
     if refused:
         raise ConfigError(
@@ -92,11 +101,18 @@ def write(run: Run, tokenizer: bytes | None, submission: Submission, texts: dict
     _write_whole(submission.run_folder / "run.json", run.model_dump_json(indent=2).encode())
 
 
-def withdraw(submission: Submission, new: bool) -> None:
-    """Undo ``write`` after a cluster has refused the job."""
-    if new:
-        (submission.run_folder / "run.json").unlink()
+def withdraw(submission: Submission, before: bytes | None) -> None:
+    """Undo ``write`` after a cluster has refused the job. ``before``: the run.json that was there."""
     shutil.rmtree(submission.folder)
+    folder = submission.run_folder
+    if before is not None:
+        _write_whole(folder / "run.json", before)
+        return
+    for name in ("run.json", "tokenizer.json", ".lock"):
+        (folder / name).unlink(missing_ok=True)
+    submission.folder.parent.rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _write_whole(file: Path, content: bytes) -> None:

@@ -55,7 +55,7 @@ def test_every_module_opens_with_a_sentence(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_functions_and_files_stay_short(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 430
+    assert len(text.splitlines()) <= 450
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1

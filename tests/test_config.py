@@ -22,6 +22,7 @@ from hpc_mm.config import (
     read_site,
     with_overrides,
 )
+from hpc_mm.recipes.toy import toy
 
 
 def small(**values: object) -> Run:
@@ -185,3 +186,21 @@ def test_a_wrong_site_file_is_told_in_one_line(tmp_path: Path, text: str, messag
 def test_a_named_site_file_must_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="site file"):
         read_site({"HPC_MM_SITE": str(tmp_path / "none.toml")})
+
+
+def test_weights_that_lie_here_get_a_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job runs in another folder."""
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = with_overrides(toy(), {"model.language.name": "weights", "model.weights": "checkpoint.pt"})
+    found = at_site(run, Site())
+    assert found.model.language.name == str(tmp_path / "weights")
+    assert found.model.weights == "checkpoint.pt"  # not here: left for the job to find, or to complain of
+    assert found.model.vision.pretrained == "openai"
+
+
+@pytest.mark.parametrize("word", ["train.clip=inf", "train.betas=0.9,1.5", "sources.pairs.weight=nan"])
+def test_numbers_that_cannot_train_are_refused(word: str) -> None:
+    key, _, value = word.partition("=")
+    with pytest.raises(ConfigError, match=key.split(".")[-1]):
+        with_overrides(toy(), {key: value})

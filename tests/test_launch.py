@@ -15,8 +15,10 @@ from hpc_mm.command import STRATEGIES, uses_deepspeed
 from hpc_mm.command import environment as job_environment
 from hpc_mm.config import read_site
 from hpc_mm.launch import main, resolve
+from hpc_mm.local import _end, _running
 from hpc_mm.progress import Metrics
 from hpc_mm.slurm import minutes
+from hpc_mm.submission import frozen_tokenizer, next_submission, withdraw, write
 
 GOLD = ROOT / "tests" / "gold" / "omnicorpus-8-nodes.sbatch"
 
@@ -244,7 +246,7 @@ def test_a_dead_node_ends_the_others(user: dict[str, str], tmp_path: Path) -> No
     assert not trainers(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_all_nodes(user: dict[str, str], tmp_path: Path, number: int) -> None:
     command = [sys.executable, "-m", "hpc_mm.launch", "recipe=toy", "cluster=local", "strategy=ddp"]
     process = subprocess.Popen(
@@ -264,6 +266,40 @@ def test_a_signal_ends_all_nodes(user: dict[str, str], tmp_path: Path, number: i
     assert "goes on from the newest checkpoint" in process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert not trainers(tmp_path)
+
+
+def test_a_killed_launcher_leaves_the_run_locked(user: dict[str, str], tmp_path: Path) -> None:
+    words = ["recipe=toy", "cluster=local", "strategy=ddp"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpc_mm.launch", *words],
+        env={**user, "TEST_SLEEP": "600"},
+        cwd="/",
+        stdout=subprocess.DEVNULL,
+    )
+    while not all((tmp_path / "runs" / "toy" / f"rank{rank}.json").exists() for rank in range(2)):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    try:
+        again = launch(user, *words)
+    finally:
+        for group in _running(tmp_path / "runs" / "toy" / "submissions" / "001" / "code"):
+            os.killpg(group, signal.SIGKILL)
+    assert again.returncode == 2 and "another process on this machine" in again.stderr
+
+
+def test_workers_of_a_dead_accelerate_end_with_the_run(tmp_path: Path) -> None:
+    """torch starts each in a session of its own, so no signal to accelerate's group reaches it."""
+    orphan = "import subprocess, sys; subprocess.Popen(['sleep', '600'], start_new_session=True)"
+    node = subprocess.Popen(
+        [sys.executable, "-c", orphan], env={**os.environ, "PYTHONPATH": str(tmp_path)}, start_new_session=True
+    )
+    node.wait()
+    assert len(_running(tmp_path)) == 1
+    _end([node], tmp_path)
+    while _running(tmp_path):
+        time.sleep(0.01)
 
 
 def trainers(folder: Path) -> list[str]:
@@ -290,6 +326,56 @@ def test_metrics_are_read_as_whole_lines(tmp_path: Path) -> None:
         stream.write('ep": 3}\n')
     assert metrics.news() == [{"step": 3}]
     assert metrics.news() == []
+
+
+def test_metrics_that_a_run_cuts_and_writes_on_are_read_from_their_cut(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": step, "time": 1.0}) + "\n" for step in range(9)))
+    metrics = Metrics(file)
+    again = {"step": 5, "time": time.time() + 1, "loss": "a line that makes the file longer than it was" * 9}
+    aside = tmp_path / "aside"
+    aside.write_text(json.dumps({"step": 4, "time": 1.0}) + "\n" + json.dumps(again) + "\n")
+    aside.replace(file)
+    assert metrics.news() == [again]
+    assert metrics.news() == []
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_withdrawing_a_refused_job_leaves_what_was_there(here: Path) -> None:
+    run = resolve("toy", {}, read_site())
+    first = next_submission(here / "runs" / "toy")
+    write(run, b"{}", first, {"job.sbatch": ""})
+    before = (here / "runs" / "toy" / "run.json").read_bytes()
+    second = next_submission(here / "runs" / "toy")
+    write(run.model_copy(update={"nodes": 1}), b"{}", second, {"job.sbatch": ""})
+    withdraw(second, before)
+    assert (here / "runs" / "toy" / "run.json").read_bytes() == before and not second.folder.exists()
+    withdraw(first, None)
+    assert not (here / "runs" / "toy").exists()
+
+
+def test_a_tokenizer_beside_the_run_folder_is_not_inside_it(here: Path) -> None:
+    (here / "toy-2").mkdir()
+    (here / "toy-2" / "tokenizer.json").write_text("{}")
+    address = str(here / "toy-2" / "tokenizer.json")
+    run = resolve("toy", {"model.language.tokenizer": address}, read_site())
+    frozen, content = frozen_tokenizer(run, here / "toy")
+    assert content == b"{}" and frozen.model.language.tokenizer == str(here / "toy" / "tokenizer.json")
+
+
+def test_what_disks_refuse_is_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(str(here / "store"))
+    (here / "file").touch()
+    monkeypatch.setenv("HPC_MM_RUNS", str(here / "file" / "runs"))
+    assert main(["recipe=toy", "cluster=local"]) == 2
+    assert "cannot be made: Not a directory; set HPC_MM_RUNS" in capsys.readouterr().err
+    (here / "mine.yaml").write_bytes(b"\xff\xfe\xfa")
+    assert main(["recipe=toy", "cluster=print", f"strategy={here / 'mine.yaml'}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- the console command

@@ -73,7 +73,10 @@ def test_a_run_in_the_queue_is_not_started_twice(user: dict[str, str], tmp_path:
     assert launch(user, "recipe=toy", "nodes=1", "slurm.extra.hold=").returncode == 0
     job = job_of(tmp_path / "runs" / "toy")
     again = launch(user, "recipe=toy", "nodes=1")
+    (tmp_path / "runs" / "toy" / "submissions" / "001" / "job_id").unlink()  # a launcher that was killed after sbatch
+    killed = launch(user, "recipe=toy", "nodes=1")
     subprocess.run(["scancel", job], check=True)
+    assert killed.returncode == 2 and f"job {job} is PENDING" in killed.stderr
     assert again.returncode == 2
     assert f"job {job} is PENDING; scancel {job} ends it" in again.stderr
     assert again.stderr.count("\n") == 1
