@@ -143,8 +143,17 @@ def _srun_options(run: Run, submission: Submission) -> list[str]:
     options = ["--kill-on-bad-exit=1", "--wait=60"]  # seconds that the others get after the first has ended
     options += [f"--output={shlex.quote(str(submission.log('%n')))}", "--open-mode=append"]
     if run.slurm.container:
-        runs = submission.run_folder.parent
+        mounts = ",".join(f"{folder}:{folder}" for folder in _folders(run, submission))
         options.append(f"--container-image={shlex.quote(run.slurm.container)}")
-        options.append(f"--container-mounts={shlex.quote(f'{runs}:{runs}')}")
+        options.append(f"--container-mounts={shlex.quote(mounts)}")
         options.append(f"--container-workdir={shlex.quote(str(submission.code))}")
     return options
+
+
+def _folders(run: Run, submission: Submission) -> list[str]:
+    """What a job reads and writes on the node's file systems, each as the folder that holds it."""
+    model = run.model
+    files = [model.language.name, model.language.tokenizer, model.vision.pretrained, model.weights]
+    found = {str(submission.run_folder.parent), *(source.data for source in run.sources.values()), run.loader.cache}
+    found |= {str(Path(file).parent) for file in files}
+    return sorted(folder for folder in found if folder.startswith("/"))

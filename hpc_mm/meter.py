@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import resource
@@ -82,11 +83,12 @@ def _wandb_run(run: Run, folder: Path) -> Any:
         return None
     import wandb
 
+    place = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()  # others call theirs toy too
     return wandb.init(
         project=run.tracking.project,
         entity=run.tracking.entity or None,
         name=run.name,
-        id=run.name,
+        id=f"{run.name}-{place}",
         resume="allow",
         mode=run.tracking.wandb,
         dir=str(folder),

@@ -85,6 +85,8 @@ def test_help_imports_no_pydantic(argument: str | None) -> None:
         (["slurm.extra.exclusive="], "#SBATCH --exclusive\n"),
         (["slurm.extra.mail-type=END"], "#SBATCH --mail-type=END\n"),
         (["slurm.container=nvcr.io#nvidia/pytorch:25.01"], "--container-image='nvcr.io#nvidia/pytorch:25.01'"),
+        (["slurm.container=image", "sources.documents.data=/corpora/mine"], "/corpora/mine:/corpora/mine,"),
+        (["slurm.container=image", "model.vision.pretrained=/weights/vit.pt"], "/weights:/weights"),
         (["precision=fp32"], "--mixed_precision no "),
         (["slurm.cpus_per_task=64"], "export OMP_NUM_THREADS=8\n"),
     ],
