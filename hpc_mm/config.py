@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,20 +91,33 @@ class Source(Part):
     data: str = Field(description="folder of shards: an address, or a name inside the site's store")
     form: Literal["interleaved", "pairs"] = Field(description="documents of text and images, or image-caption pairs")
     batch: Positive = Field(description="samples per optimizer step, over all ranks")
+    batch_from: dict[Positive, Annotated[int, Field(ge=0)]] = Field(
+        {}, description='samples per optimizer step from later steps on, such as {"10000": 256}; 0 = none'
+    )
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="multiplier of this source's loss")
     max_tokens: Positive = Field(description="tokens per sample; what is longer is cut on the right")
     max_images: Positive = Field(6, description="images per sample; further ones are left out")
     min_images: int = Field(1, ge=0, description="a document with fewer images that survive cutting is left out")
     drop_single_image: Probability = Field(0.0, description="probability of leaving out a document with one image")
     min_similarity: float | None = Field(None, description="leave out images whose similarity to their text is lower")
+    pack_tokens: int = Field(0, ge=0, description="tokens of a row that holds several samples; 0 = one sample per row")
+    pack_images: Positive = Field(24, description="images of a row that holds several samples")
     flip: Probability = Field(0.0, description="probability of mirroring an image (it mirrors text in the image too)")
     shuffle_shards: Positive = Field(16, description="shards whose samples are shuffled together")
     max_unreadable: Probability = Field(0.01, description="share of unreadable samples above which the run stops")
+
+    @model_validator(mode="after")
+    def a_sample_fits_a_row(self) -> Source:
+        for packed, sample in (("pack_tokens", "max_tokens"), ("pack_images", "max_images")):
+            if self.pack_tokens and getattr(self, packed) < getattr(self, sample):
+                raise ValueError(f"{packed}={getattr(self, packed)} must be {sample}={getattr(self, sample)} or more")
+        return self
 
 
 class Loader(Part):
     workers: int = Field(4, ge=0, description="reading processes per rank; 0 = read in the training process")
     prefetch: Positive = Field(4, description="micro-batches that each worker reads ahead")
+    by_length: bool = Field(False, description="samples of like length share a micro-step (train.accumulate > 1)")
     reads: Positive = Field(16, description="ranged reads in flight per worker")
     cache: str = Field("", description="node-local folder that keeps samples that were read; empty = none")
     cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="size limit of the cache folder, GB")
@@ -131,6 +142,7 @@ class Train(Part):
     log_every: Positive = Field(10, description="optimizer steps between lines of metrics.jsonl")
     save_every: Positive = Field(1000, description="optimizer steps between checkpoints")
     keep: Positive = Field(2, description="newest checkpoints that are kept")
+    keep_every: int = Field(0, ge=0, description="checkpoints of every so many steps are kept for good; 0 = none")
     max_nonfinite: int = Field(20, ge=0, description="skipped steps with a non-finite loss before the run stops")
 
 
@@ -184,15 +196,13 @@ class Run(Part):
         return self.nodes * self.processes_per_node
 
     @model_validator(mode="after")
-    def batches_divide(self) -> Run:
-        share = self.world_size * self.train.accumulate
+    def every_rank_has_samples(self) -> Run:
+        parts = self.world_size * self.train.accumulate
         for name, source in self.sources.items():
-            if source.batch % share:
-                below, above = source.batch // share * share, (source.batch // share + 1) * share
-                nearest = f"{below} or {above}" if below else f"{above}"
+            if source.batch < parts:
                 raise ValueError(
-                    f"sources.{name}.batch={source.batch} cannot be divided over {self.nodes} nodes x "
-                    f"{self.processes_per_node} processes x {self.train.accumulate} micro-steps: {nearest} can"
+                    f"sources.{name}.batch={source.batch} leaves ranks without samples: {self.nodes} nodes x "
+                    f"{self.processes_per_node} processes x {self.train.accumulate} micro-steps need {parts} or more"
                 )
         return self
 
@@ -203,6 +213,14 @@ class Run(Part):
             if not re.fullmatch(r"[a-z0-9_]+", name):
                 raise ValueError(f"source name {name!r} must be lower-case letters, digits and _")
         return sources
+
+
+class Site(Part):
+    """What is true of this cluster and user, said once: a TOML file, or the environment, which wins."""
+
+    store: str = Field("data", description="where corpora lie: s3://bucket/prefix or a folder (HPC_MM_STORE)")
+    runs: str = Field("runs", description="where run folders lie, seen by every node (HPC_MM_RUNS)")
+    slurm: dict[str, Any] = Field({}, description="any value of the slurm part: partition, account, ...")
 
 
 @dataclass(frozen=True)
@@ -358,81 +376,3 @@ def read_run(path: str | Path) -> Run:
         return Run.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(f"{file}: {one_line(error, Run)}") from None
-
-
-# ---------------------------------------------------------------- the site
-
-
-class Site(Part):
-    """What is true of this cluster and user, said once: a TOML file, or the environment, which wins."""
-
-    store: str = Field("data", description="where corpora lie: s3://bucket/prefix or a folder (HPC_MM_STORE)")
-    runs: str = Field("runs", description="where run folders lie, seen by every node (HPC_MM_RUNS)")
-    slurm: dict[str, Any] = Field({}, description="any value of the slurm part: partition, account, ...")
-
-
-SITE_FILE = "~/.config/hpc_mm.toml"  # HPC_MM_SITE names another
-
-# Slurm's own variables. They stand above what a script says, so they stand above a recipe here too.
-SBATCH_VARIABLES = {
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_QOS": "qos",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_TIMELIMIT": "time",
-    "SBATCH_MEM_PER_NODE": "memory",
-}
-
-
-def read_site(environment: Mapping[str, str] = os.environ) -> Site:
-    """The site file (if there is one) under the environment's values."""
-    named = environment.get("HPC_MM_SITE", "")
-    path = Path(named or SITE_FILE).expanduser()
-    values: dict[str, Any] = {}
-    if named or path.exists():
-        try:
-            values = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"site file {path}: {error}") from None
-    if not isinstance(values.get("slurm", {}), dict):
-        raise ConfigError(
-            f"site file {path}: slurm={values['slurm']!r} is no table; write [slurm] and its values below"
-        )
-    slurm = dict(values.get("slurm", {}))
-    for name in slurm:
-        if name not in Slurm.model_fields:
-            raise unknown(f"key in [slurm] of {path}", name, Slurm.model_fields)
-    slurm.update({key: environment[name] for name, key in SBATCH_VARIABLES.items() if environment.get(name)})
-    for key, name in (("store", "HPC_MM_STORE"), ("runs", "HPC_MM_RUNS")):
-        if environment.get(name):
-            values[key] = environment[name]
-    return validated(Site, {**values, "slurm": slurm})  # type: ignore[no-any-return]
-
-
-def at_site(run: Run, site: Site) -> Run:
-    """The run with the site's Slurm values, and every name in the store as a whole address."""
-    values = run.model_dump()
-    values["slurm"].update(site.slurm)
-    for source in values["sources"].values():
-        source["data"] = in_store(source["data"], site.store)
-    model = values["model"]
-    tokenizer = model["language"]["tokenizer"]
-    if tokenizer.startswith(STORE_PREFIX):
-        model["language"]["tokenizer"] = in_store(tokenizer.removeprefix(STORE_PREFIX), site.store)
-    for part, key in ((model["language"], "name"), (model["language"], "tokenizer"), (model["vision"], "pretrained")):
-        part[key] = _whole_path(part[key])
-    model["weights"] = _whole_path(model["weights"])
-    return validated(Run, values)  # type: ignore[no-any-return]
-
-
-def _whole_path(name: str) -> str:
-    """A file or folder that lies here, as the job will find it from its own folder; a hub id or a tag as it is."""
-    return str(Path(name).expanduser().resolve()) if name and Path(name).expanduser().exists() else name
-
-
-def in_store(address: str, store: str) -> str:
-    """``omnicorpus`` -> ``STORE/omnicorpus``; whole addresses and absolute paths stay as they are."""
-    if "://" in address or address.startswith("/"):
-        return address
-    root = store if "://" in store else str(Path(store).expanduser().resolve())
-    return f"{root.rstrip('/')}/{address}"

@@ -25,10 +25,8 @@ from hpc_mm.config import (
     Part,
     Positive,
     Run,
-    in_store,
     parse_arguments,
     read_run,
-    read_site,
     unknown,
     with_overrides,
 )
@@ -38,6 +36,7 @@ from hpc_mm.data.schema import Sample, Text
 from hpc_mm.data.shards import BrokenShard, read_samples
 from hpc_mm.data.store import MissingKey, StoreError, open_store
 from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
+from hpc_mm.site import in_store, read_site
 
 LATEST = "latest"
 

@@ -38,7 +38,8 @@ def main(arguments: Sequence[str]) -> int:
 def launch(arguments: Sequence[str]) -> int:
     from hpc_mm import slurm
     from hpc_mm.command import uses_deepspeed
-    from hpc_mm.config import ConfigError, parse_arguments, read_site, unknown
+    from hpc_mm.config import ConfigError, parse_arguments, unknown
+    from hpc_mm.site import read_site
     from hpc_mm.submission import next_submission
 
     values = parse_arguments(arguments)
@@ -65,7 +66,8 @@ def recipe_names() -> list[str]:
 
 def resolve(recipe: str, overrides: dict[str, str], site: Site) -> Run:
     """The recipe's run; over it the site's Slurm values, over them the command line; addresses whole."""
-    from hpc_mm.config import at_site, unknown, with_overrides
+    from hpc_mm.config import unknown, with_overrides
+    from hpc_mm.site import at_site
 
     if recipe not in recipe_names():
         raise unknown("recipe", recipe, recipe_names())

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 
 from hpc_mm.command import Submission
-from hpc_mm.config import SBATCH_VARIABLES, ConfigError, Run, unknown
+from hpc_mm.config import ConfigError, Run, unknown
+from hpc_mm.site import SBATCH_VARIABLES
 
 # sbatch puts these above what a script says; the run's own values and log files must win.
 DECIDED_HERE = {"SBATCH_JOB_NAME", "SBATCH_GPUS_PER_NODE", "SBATCH_OUTPUT", "SBATCH_ERROR", "SBATCH_OPEN_MODE"}

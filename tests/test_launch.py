@@ -13,10 +13,10 @@ from checkout import ROOT, environment, facts, launch, make_checkout, make_store
 
 from hpc_mm.command import STRATEGIES, uses_deepspeed
 from hpc_mm.command import environment as job_environment
-from hpc_mm.config import read_site
 from hpc_mm.launch import main, resolve
 from hpc_mm.local import _end, _running
 from hpc_mm.progress import Metrics
+from hpc_mm.site import read_site
 from hpc_mm.slurm import minutes
 from hpc_mm.submission import frozen_tokenizer, next_submission, withdraw, write
 
@@ -115,7 +115,7 @@ def test_a_run_on_gpus_asks_for_them_and_one_on_cpus_does_not(here: Path, capsys
         (["recipe=toy", "train.steps=many"], "train.steps='many'"),
         (["recipe=toy", "precision=fp16"], "'bf16' or 'fp32'"),
         (["recipe=toy", "nodes=0"], "nodes='0': input should be greater than or equal to 1"),
-        (["recipe=toy", "nodes=5"], "sources.documents.batch=4 cannot be divided over 5 nodes"),
+        (["recipe=toy", "nodes=5"], "sources.documents.batch=4 leaves ranks without samples: 5 nodes"),
         (["recipe=toy", "slurm.time=tomorrow"], "slurm.time='tomorrow'"),
         (["recipe=toy", "cluster=slrm"], "unknown cluster 'slrm': did you mean slurm?"),
         (["recipe=toy", "cluster=slurm"], "cluster=slurm: sbatch is not on PATH"),
