@@ -33,14 +33,13 @@ from hpc_mm.config import (
     ConfigError,
     Part,
     Positive,
-    in_store,
     parse_arguments,
-    read_site,
     with_overrides,
 )
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import ShardWriter
 from hpc_mm.data.store import open_store
+from hpc_mm.site import in_store, read_site
 
 PIXELS = 64
 OVERSAMPLE = 4  # drawn this much larger and averaged down: smooth edges

@@ -79,9 +79,14 @@ def accelerate_line(run: Run, run_folder: Path, rank: str, address: str, port: s
     return " ".join(words)
 
 
+# Slurm signals every process of a step; what runs training must not end of that before training has saved.
+IGNORE_SIGNALS = 'trap "" TERM USR2'
+
+
 def environment(run: Run, threads: int) -> dict[str, str]:
     """Variables that the accelerate line needs. ``threads``: CPU threads of each process."""
-    values = {"OMP_NUM_THREADS": str(max(threads, 1))}
+    # torch's agent must leave SIGTERM alone: ranks get it from Slurm themselves, and end when they have saved.
+    values = {"OMP_NUM_THREADS": str(max(threads, 1)), "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
     if run.gpus_per_node == 0:
         values["CUDA_VISIBLE_DEVICES"] = ""
         # accelerate starts DeepSpeed only where it is not told to use the CPU; DeepSpeed has a variable of its own.
@@ -91,7 +96,7 @@ def environment(run: Run, threads: int) -> dict[str, str]:
 
 # What the launcher says itself; slurm.extra may not say it again.
 OURS = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "partition"}
-OURS |= {"account", "qos", "constraint", "exclude", "output", "open-mode"}
+OURS |= {"account", "qos", "constraint", "exclude", "output", "open-mode", "requeue"}
 
 
 def directives(run: Run, submission: Submission) -> dict[str, str]:
@@ -106,6 +111,7 @@ def directives(run: Run, submission: Submission) -> dict[str, str]:
     values |= {name: value for name, value in optional.items() if value}
     values["output"] = str(submission.folder / "job-%j.log")
     values["open-mode"] = "append"  # a requeued job writes on
+    values["requeue"] = ""  # after a lost node, whatever the site's default is
     for name, value in slurm.extra.items():
         if name in OURS:
             raise ConfigError(f"slurm.extra.{name}={value!r}: the launcher sets --{name} itself, from its own key")
@@ -132,11 +138,17 @@ def sbatch_script(run: Run, submission: Submission) -> str:
         setup.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
     threads = run.slurm.cpus_per_task // run.processes_per_node
     setup += [f"export {name}={shlex.quote(value)}" for name, value in environment(run, threads).items()]
-    setup.append("source sbatch/env.sh  # MASTER_ADDR, MASTER_PORT, SRUN_CPUS_PER_TASK, and what the site needs")
+    setup.append("source sbatch/env.sh  # MASTER_ADDR, SRUN_CPUS_PER_TASK, and what the site needs")
     line = accelerate_line(run, submission.run_folder, "$SLURM_NODEID", "$MASTER_ADDR", "$MASTER_PORT")
-    step = " ".join(["srun", *_srun_options(run, submission), "bash", "-c", "\\\n  " + shlex.quote(line)])
-    comment = "# One accelerate per node starts that node's processes; when one node fails, all of them end."
-    return "\n".join(["#!/bin/bash", *header, "", *setup, "", comment, step, ""])
+    words = [f"run={submission.run_folder}", f"log={submission.log('*')}"]
+    supervise = " ".join(["exec python3 -m hpc_mm.supervise", *map(shlex.quote, words), "\\\n "])
+    node = shlex.quote(f"{IGNORE_SIGNALS}; exec {line}")
+    step = " ".join(["srun", *_srun_options(run, submission), "bash", "-c", "\\\n  " + node])
+    comment = [
+        "# One accelerate per node starts that node's processes; when one node fails, all of them end. Then the",
+        "# supervisor starts them again, requeues the job, or says why it does neither.",
+    ]
+    return "\n".join(["#!/bin/bash", *header, "", *setup, "", *comment, f"{supervise} {step}", ""])
 
 
 def _srun_options(run: Run, submission: Submission) -> list[str]:

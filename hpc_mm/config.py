@@ -77,7 +77,9 @@ class Flamingo(Part):
     trainable: tuple[TrainablePart, ...] = Field(
         ("resampler", "cross_attention", "new_tokens"), description="parts that learn; the others are frozen"
     )
-    weights: str = Field("", description="OpenFlamingo checkpoint.pt to start from, or its folder; empty = none")
+    weights: str = Field(
+        "", description="to start from: OpenFlamingo's checkpoint.pt or its folder, or what export wrote; empty = none"
+    )
     gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
     compile: bool = Field(False, description="torch.compile the vision tower and the decoder layers")
 
@@ -117,8 +119,8 @@ class Source(Part):
 class Loader(Part):
     workers: int = Field(4, ge=0, description="reading processes per rank; 0 = read in the training process")
     prefetch: Positive = Field(4, description="micro-batches that each worker reads ahead")
-    by_length: bool = Field(False, description="samples of like length share a micro-step (train.accumulate > 1)")
-    reads: Positive = Field(16, description="ranged reads in flight per worker")
+    by_length: bool = Field(False, description="samples of like length share a micro-step, short ones first")
+    reads: Positive = Field(16, description="samples read at once per worker")
     cache: str = Field("", description="node-local folder that keeps samples that were read; empty = none")
     cache_gb: Annotated[float, Field(gt=0)] = Field(100.0, description="size limit of the cache folder, GB")
 

@@ -27,7 +27,6 @@ from hpc_mm.config import (
     Run,
     parse_arguments,
     read_run,
-    unknown,
     with_overrides,
 )
 from hpc_mm.data.batch import normalised
@@ -38,14 +37,14 @@ from hpc_mm.data.store import MissingKey, StoreError, open_store
 from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
 from hpc_mm.site import in_store, read_site
 
-LATEST = "latest"
-
 
 class Captions(Part):
     """A captioning benchmark. Each eval/ script gives its own values; the command line changes them."""
 
     run: str = Field("", description="folder of the run")
-    steps: tuple[str, ...] = Field(("0", LATEST), description="0 = the weights before training, latest, or a number")
+    steps: tuple[str, ...] = Field(
+        ("0", checkpoint.LATEST), description="0 = the weights before training, latest, or a number"
+    )
     data: str = Field(description="shards of images with references: an address, or a name inside the site's store")
     samples: Positive = Field(100, description="images, the first ones of the shards")
     prompt: str = Field(IMAGE_TOKEN, description="what stands before the caption, with one <image>")
@@ -97,17 +96,7 @@ def evaluate(options: Captions) -> dict[str, Any]:
 
 def find(folder: Path, step: str) -> Path | None:
     """The checkpoint that a step names; None for step 0, the seeded weights before training."""
-    if step == "0":
-        return None
-    if step == LATEST:
-        newest = checkpoint.newest(folder)
-        if newest is None:
-            raise ConfigError(f"{folder} has no whole checkpoint yet; steps=0 evaluates the weights before training")
-        return newest
-    whole = {str(checkpoint.step_of(path)): path for path in checkpoint.finished(folder)}
-    if step not in whole:
-        raise unknown(f"step in {folder}", step, ["0", LATEST, *whole])
-    return whole[step]
+    return None if step == "0" else checkpoint.chosen(folder, step)
 
 
 def read_first(address: str, count: int) -> list[Sample]:
@@ -140,7 +129,7 @@ def caption_with(run: Run, found: Path | None, samples: Sequence[Sample], option
 def load_weights(model: FlamingoModel, found: Path) -> None:
     try:
         checkpoint.load_weights(model, found)
-    except ValueError as error:
+    except checkpoint.DamagedCheckpoint as error:
         raise ConfigError(f"{error}: run.json does not describe it any more") from None
 
 

@@ -40,7 +40,7 @@ def launch(arguments: Sequence[str]) -> int:
     from hpc_mm.command import uses_deepspeed
     from hpc_mm.config import ConfigError, parse_arguments, unknown
     from hpc_mm.site import read_site
-    from hpc_mm.submission import next_submission
+    from hpc_mm.submission import next_submission, with_shares_of_old
 
     values = parse_arguments(arguments)
     if "recipe" not in values:
@@ -52,6 +52,8 @@ def launch(arguments: Sequence[str]) -> int:
     run = resolve(recipe, values, site)
     uses_deepspeed(run.strategy)  # refuses a strategy that does not exist
     folder = Path(site.runs).expanduser().resolve() / run.name
+    if "train.accumulate" not in values:
+        run = with_shares_of_old(run, folder)
     if cluster == "print":
         return show(run, next_submission(folder))
     if cluster == "slurm" or (cluster == "auto" and slurm.is_here()):
@@ -174,6 +176,8 @@ def announce(run: Run, tokenizer: bytes | None, folder: Path) -> None:
     print(f"{run.name} exists: going on with it")
     for line in changed:
         print(f"  {line}")
+    if any(line.startswith(("nodes:", "gpus_per_node:", "train.accumulate:")) for line in changed):
+        print(f"  the same samples in every step, now over {run.world_size} ranks x {run.train.accumulate} micro-steps")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from hpc_mm.command import Submission, accelerate_line, environment
+from hpc_mm import attempt
+from hpc_mm.command import IGNORE_SIGNALS, Submission, accelerate_line, environment
 from hpc_mm.config import ConfigError, Run
 from hpc_mm.progress import Progress
 
 ADDRESS = "127.0.0.1"
-GRACE = 40  # seconds between SIGTERM and SIGKILL: torch's own agent gives its workers 30
+GRACE = 60  # seconds for the end of a step and a save after SIGTERM
 LAST_LINES = 20
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a run
 
@@ -94,7 +95,11 @@ def train(run: Run, submission: Submission, port: int, lock: int) -> int:
             )
             return 1
     if failed is None:
-        return 0
+        ending = attempt.read(submission.run_folder).get("ending")
+        if ending in (attempt.FINISHED, None):
+            return 0
+        print(f"hpc_mm: {ending}, saved; the same command goes on from there", file=sys.stderr)
+        return 1
     log = submission.log(failed)
     print("\n".join(_last_words(log.read_text(errors="replace").splitlines())), file=sys.stderr)
     print(f"hpc_mm: node {failed} failed (exit code {nodes[failed].returncode}); its log: {log}", file=sys.stderr)
@@ -131,7 +136,7 @@ def _nodes(run: Run, submission: Submission, port: int, lock: int) -> Iterator[l
             with submission.log(number).open("ab") as log:
                 started.append(
                     subprocess.Popen(
-                        shlex.split(line),
+                        ["bash", "-c", f"{IGNORE_SIGNALS}; exec {line}"],
                         cwd=submission.code,
                         env={**os.environ, **values},
                         stdin=subprocess.DEVNULL,
@@ -147,11 +152,15 @@ def _nodes(run: Run, submission: Submission, port: int, lock: int) -> Iterator[l
 
 
 def _end(nodes: list[subprocess.Popen[bytes]], code: Path) -> None:
-    """SIGTERM to every group; SIGKILL to what is left when accelerate has ended or the grace time is over."""
+    """SIGTERM to every rank, which then saves, but not where a node failed: the others wait for it for ever.
+
+    SIGKILL to what is left when accelerate has ended or the grace time is over.
+    """
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDINGS}  # a second Ctrl-C must not end this
-    for node in nodes:
-        _signal_group(node.pid, signal.SIGTERM)
-    end = time.monotonic() + GRACE
+    grace = 0 if any(node.poll() for node in nodes) else GRACE
+    for process in _running(code):
+        _signal_group(process, signal.SIGTERM)
+    end = time.monotonic() + grace
     for node in nodes:
         with suppress(subprocess.TimeoutExpired):
             node.wait(timeout=max(end - time.monotonic(), 0.1))

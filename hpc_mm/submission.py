@@ -14,7 +14,11 @@ from pathlib import Path
 from hpc_mm.command import ROOT, Submission, strategy_file
 from hpc_mm.config import ConfigError, Run, differences, read_run
 
-MAY_CHANGE = ("slurm.", "loader.", "tracking.")  # these change how a run is run, not what comes out
+# These change how a run is run, not what comes out of it.
+MAY_CHANGE = (
+    *("slurm.", "loader.", "tracking.", "nodes:", "gpus_per_node:", "strategy:"),
+    *("train.accumulate:", "train.log_every:", "train.save_every:", "train.keep:", "train.keep_every:"),
+)
 SNAPSHOT = ("hpc_mm", "accelerate_configs", "sbatch")  # all that a job reads of the checkout
 
 
@@ -87,18 +91,34 @@ def changes(run: Run, tokenizer: bytes | None, folder: Path) -> list[str] | None
     return found
 
 
+def with_shares_of_old(run: Run, folder: Path) -> Run:
+    """The run with so many micro-steps that a rank never holds more samples than where the run began.
+
+    So a run goes on with fewer nodes in the memory of the same GPUs, and with all nodes again as it began.
+    """
+    first = Submission(folder, 1).folder / "run.json"
+    if not first.exists():
+        return run
+    began = read_run(first)
+    parts = began.world_size * began.train.accumulate
+    most = min(source.batch for source in run.sources.values()) // run.world_size  # no micro-step without samples
+    micro_steps = max(1, min(-(-parts // run.world_size), most))
+    return run.model_copy(update={"train": run.train.model_copy(update={"accumulate": micro_steps})})
+
+
 def write(run: Run, tokenizer: bytes | None, submission: Submission, texts: dict[str, str]) -> None:
-    """Freeze code, commit, packages and ``texts`` in the submission's folder, then run.json. Whole or absent."""
+    """Freeze values, code, commit, packages and texts in the submission's folder, whole or absent; then run.json."""
     aside = submission.folder.with_name(f".{submission.folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     _copy_code(aside / "code", strategy_file(run.strategy))
-    for name, text in {**texts, **_provenance()}.items():
+    values = run.model_dump_json(indent=2)
+    for name, text in {**texts, **_provenance(), "run.json": values}.items():
         (aside / name).write_text(text)
     aside.rename(submission.folder)
     if tokenizer is not None:
         _write_whole(submission.run_folder / "tokenizer.json", tokenizer)
-    _write_whole(submission.run_folder / "run.json", run.model_dump_json(indent=2).encode())
+    _write_whole(submission.run_folder / "run.json", values.encode())
 
 
 def withdraw(submission: Submission, before: bytes | None) -> None:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hpc_mm import checkpoint
+from hpc_mm import attempt, checkpoint, sharding
 from hpc_mm.config import ConfigError, Run, Train, parse_arguments, read_run, unknown
 from hpc_mm.data.batch import Batch
 from hpc_mm.data.stream import make_loader
+from hpc_mm.deadline import Deadline, die_with_parent
 from hpc_mm.meter import Records, memory_gb, peak_flops
 from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
 from hpc_mm.objectives.next_token import next_token
@@ -30,7 +29,6 @@ MicroBatch = dict[str, Batch]  # by source
 
 # One row per source of what a step is made of, summed over ranks and micro-steps.
 COUNTS = ("targets", "samples", "tokens", "padded_tokens", "images", "unreadable", "left_out", "flops")
-COLLECTIVE_TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 digests a checkpoint of hundreds of GB
 UNREADABLE_GRACE = 10  # unreadable samples of a source that never stop a run, whatever their share
 
 
@@ -57,9 +55,17 @@ class Progress:
     """What goes on across restarts, beside weights and optimizer. The place in every stream is the step itself."""
 
     step: int = 0
+    updates: int = 0  # of the optimizer; the other steps were skipped
     skipped: int = 0
     totals: dict[str, dict[str, float]] = field(default_factory=dict)  # source -> name in COUNTS -> since step 0
     corpora: dict[str, str] = field(default_factory=dict)  # source -> digest of its shards, which decide the order
+
+
+class Fed(NamedTuple):
+    """A rank's share of a step."""
+
+    micro_batches: list[MicroBatch]  # on the device
+    counts: Tensor  # (S, len(COUNTS)) float64 on the CPU
 
 
 @dataclass
@@ -67,7 +73,7 @@ class Window:
     """What happened since the last line of metrics.jsonl."""
 
     losses: Tensor  # (S,) this rank's part of the sources' mean losses, summed over steps
-    counts: Tensor  # (S, len(COUNTS)) over all ranks
+    counts: Tensor  # (S, len(COUNTS)) over all ranks, on the CPU
     steps: int = 0
     waited: float = 0.0  # seconds this rank waited for data
     started: float = field(default_factory=time.perf_counter)
@@ -95,17 +101,16 @@ def count(model: FlamingoModel, micro_batches: Sequence[MicroBatch]) -> Tensor:
 
 
 def _count(model: FlamingoModel, batch: Batch) -> list[float]:
-    lengths = batch.attention_mask.sum(1)
-    tokens, images = int(lengths.sum()), len(batch.images)
+    tokens, images = batch.tokens, len(batch.images)
     return [
         batch.targets,
         len(batch.ids),
         tokens,
-        batch.input_ids.numel(),
+        batch.padded_tokens,
         images,
         len(batch.unreadable),
         len(batch.left_out),
-        model.training_flops(tokens, int((lengths**2).sum()), images, batch.targets),
+        model.training_flops(tokens, batch.pairs, images, batch.targets),
     ]
 
 
@@ -124,12 +129,12 @@ def parameter_groups(model: FlamingoModel, train: Train) -> list[dict[str, Any]]
 class Training:
     """One rank of a run: the prepared model and optimizer, the streams, and where we are."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: Run, folder: Path, deadline: Deadline) -> None:
+        self.run, self.folder, self.deadline = run, folder, deadline
         tokenizer = load_tokenizer(run.model.language)
         # Before accelerate: under ZeRO-3 it tells transformers to make empty, already divided parameters.
-        self.model = build(run.model, tokenizer, run.train.seed)
-        self.accelerator = make_accelerator(run)
+        self.model = build(run.model, tokenizer, run.train.seed, run.precision)
+        self.accelerator = sharding.make_accelerator(run)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, run.train),
             lr=run.train.learning_rate,
@@ -138,22 +143,36 @@ class Training:
         )
         self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model), optimizer)
         self.objective.train()
-        self.progress = Progress(totals={name: dict.fromkeys(COUNTS, 0) for name in run.sources})
-        found = checkpoint.resume(self.accelerator, self.objective, folder)
-        if found is not None:
-            self.progress = Progress(**found)
-            logger.info("resuming at step %d", self.progress.step)
+        self.progress = self.resumed() or Progress(totals={name: dict.fromkeys(COUNTS, 0) for name in run.sources})
+        self.saver = checkpoint.Saver(self.accelerator, folder, run.train.keep, run.train.keep_every)
+        self.saved = self.progress.step  # of the newest checkpoint that was begun
+        self.stall = 0.0  # seconds for which training has waited for the checkpoint under way
         self.streams = self.open_streams(tokenizer)
         device = self.accelerator.device
+        self.beside: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.following: Fed | None = None  # on a GPU: the next step's batches, on their way
         self.weights = torch.tensor([source.weight for source in run.sources.values()], device=device)
         self.records = Records(run, folder) if self.accelerator.is_main_process else None
         if self.records is not None:
             self.records.cut(self.progress.step)
+            attempt.begin(folder, self.progress.step)
         self.window = self.new_window()
 
-    def open_streams(self, tokenizer: Any) -> dict[str, Iterator[Batch]]:
-        """This rank's micro-batches from the step we are at. The shards decide the order, so they must be the same."""
-        streams: dict[str, Iterator[Batch]] = {}
+    def resumed(self) -> Progress | None:
+        """Put this rank where the newest whole checkpoint stands, whoever wrote it; None where there is none."""
+        found = checkpoint.find(self.accelerator, self.folder)
+        if found is None:
+            return None
+        parts = (self.accelerator, self.objective, self.optimizer)
+        checkpoint.load(sharding.held(*parts), found, self.accelerator.process_index, self.accelerator.num_processes)
+        progress = Progress(**checkpoint.read_progress(found))
+        sharding.restored(*parts, progress.updates)
+        logger.info("resuming at step %d", progress.step)
+        return progress
+
+    def open_streams(self, tokenizer: Any) -> dict[str, Iterator[list[Batch]]]:
+        """This rank's batches from the step we are at. The shards decide the order, so they must be the same."""
+        streams: dict[str, Iterator[list[Batch]]] = {}
         for name, source in self.run.sources.items():
             loader = make_loader(
                 source,
@@ -178,60 +197,100 @@ class Training:
 
     # -------------------------------------------------- the loop
 
-    def loop(self) -> None:
+    def loop(self) -> str:
+        """Train to the end, or until a rank has to stop; how it ended, one of ``attempt.ENDINGS``."""
         train = self.run.train
         while self.progress.step < train.steps:
-            micro_batches = self.read()
+            started = time.perf_counter()
+            fed = self.following or self.read()
+            counts, ending = self.agree(fed.counts)
+            if ending:
+                break
             rate = learning_rate(train, self.progress.step)
-            norm = self.step(micro_batches, rate)
+            norm = self.step(fed, counts, rate)
             self.progress.step += 1
             save = self.progress.step == train.steps or self.progress.step % train.save_every == 0
             if save or self.progress.step == 1 or self.progress.step % train.log_every == 0:
                 self.log(rate, norm)
             if save:
                 self.save()
+            self.deadline.stepped(time.perf_counter() - started)
+        else:
+            ending = attempt.FINISHED
+        self.leave(ending)
+        return ending
+
+    def leave(self, ending: str) -> None:
+        """Let no step be lost: what is being written is waited for, what has not been saved is saved."""
         if self.records is not None:
             self.records.close()
+        if ending != attempt.FINISHED:
+            logger.info("%s: leaving at step %d", ending, self.progress.step)
+        if self.progress.step > self.saved:
+            self.save()
+        problem = self.finish_saving() if self.saver.writing is not None else None
+        if problem:
+            raise TrainingStopped(f"step {self.progress.step} could not be saved: {problem}")
 
-    def read(self) -> list[MicroBatch]:
-        """This rank's micro-batches of the next step."""
+    def read(self) -> Fed:
+        """This rank's share of the next step, on its way to the device."""
         started = time.perf_counter()
-        found = [
-            {name: next(stream) for name, stream in self.streams.items()} for _ in range(self.run.train.accumulate)
-        ]
+        steps = {name: next(stream) for name, stream in self.streams.items()}
         self.window.waited += time.perf_counter() - started
+        found = [dict(zip(steps, batches, strict=True)) for batches in zip(*steps.values(), strict=True)]
         for batches in found:
             for name, batch in batches.items():
                 for key, reason in batch.unreadable:
                     logger.warning("%s: unreadable sample %s: %s", name, key, reason)
                 for key, reason in batch.lost_images:
                     logger.warning("%s: sample %s goes on without an image: %s", name, key, reason)
-        return found
+        with torch.cuda.stream(self.beside):
+            moved = [{name: batch.to(self.accelerator.device) for name, batch in part.items()} for part in found]
+        return Fed(moved, count(self.model, found))
 
-    def step(self, micro_batches: list[MicroBatch], rate: float) -> float:
+    def agree(self, counts: Tensor) -> tuple[Tensor, str]:
+        """The counts of the step over all ranks, and whether to stop before it: empty, or how it ends.
+
+        One collective, in which every rank also says whether it was told to stop and whether its file is written.
+        """
+        reason = self.deadline.reason(time.time())
+        said = torch.tensor([reason == attempt.ENDED, reason == attempt.WARNED, self.saver.written])
+        vector = torch.cat([counts.flatten(), said.double()]).to(self.accelerator.device)
+        total = self.accelerator.reduce(vector, "sum").cpu()
+        ended, warned, written = total[-3:].tolist()
+        if written == self.accelerator.num_processes:
+            self.finish_saving()
+        ending = attempt.ENDED if ended else attempt.WARNED if warned else ""
+        return total[:-3].view_as(counts), ending
+
+    def step(self, fed: Fed, counts: Tensor, rate: float) -> float:
         """One optimizer step; the global gradient norm. A step with a non-finite gradient changes no weight.
 
         The loss of a source is its sum of cross-entropy over its targets in the whole step, over all ranks. A
         non-finite loss anywhere makes the reduced gradient, and so its norm, non-finite on every rank: all agree.
         """
-        accelerator, device = self.accelerator, self.accelerator.device
+        accelerator = self.accelerator
         torch.manual_seed(hash((self.run.train.seed, self.progress.step, accelerator.process_index)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        counts = accelerator.reduce(count(self.model, micro_batches).to(device), "sum")
-        targets = counts[:, 0].clamp(min=1)
+        targets = counts[:, 0].clamp(min=1).to(self.weights)
         # accelerate and DeepSpeed divide by micro-steps and by ranks; the loss is a sum over both.
-        scale = self.weights / targets.float() * (accelerator.num_processes * len(micro_batches))
-        sums = torch.zeros(len(self.weights), device=device)
-        for batches in micro_batches:
+        scale = self.weights / targets * (accelerator.num_processes * len(fed.micro_batches))
+        sums = torch.zeros_like(self.weights)
+        if self.beside is not None:
+            torch.cuda.current_stream().wait_stream(self.beside)
+        for batches in fed.micro_batches:
             with accelerator.accumulate(self.objective):
-                losses = self.objective({name: batch.to(device) for name, batch in batches.items()})
+                losses = self.objective(batches)
                 accelerator.backward((losses * scale).sum())
             sums += losses.detach()
-        norm = update(accelerator, self.objective, self.optimizer, self.run.train.clip)
+        if self.beside is not None and self.progress.step + 1 < self.run.train.steps:
+            self.following = self.read()  # while the GPU computes
+        norm = sharding.update(accelerator, self.objective, self.optimizer, self.run.train.clip)
         self.window.counts += counts
         if math.isfinite(norm):
-            self.window.losses += sums / targets.float()
+            self.progress.updates += 1
+            self.window.losses += sums / targets
             self.window.steps += 1
         else:
             self.skip(norm)
@@ -250,9 +309,7 @@ class Training:
 
     def new_window(self) -> Window:
         device, sources = self.accelerator.device, len(self.run.sources)
-        return Window(
-            torch.zeros(sources, device=device), torch.zeros(sources, len(COUNTS), dtype=torch.float64, device=device)
-        )
+        return Window(torch.zeros(sources, device=device), torch.zeros(sources, len(COUNTS), dtype=torch.float64))
 
     def log(self, rate: float, norm: float) -> None:
         """Write a line of metrics over the steps since the last one, and judge what was unreadable."""
@@ -314,63 +371,26 @@ class Training:
                 )
 
     def save(self) -> None:
-        progress = vars(self.progress)
-        path = checkpoint.save(self.accelerator, self.objective, self.folder, progress, self.run.train.keep)
-        logger.info("saved %s", path)
+        """Begin a checkpoint of where we are. The one before it, should it still be under way, is waited for."""
+        started = time.perf_counter()
+        if self.saver.writing is not None:
+            self.finish_saving()
+        fragments = sharding.own(self.accelerator, self.objective, self.optimizer)
+        self.saver.start(fragments, vars(self.progress))
+        self.saved = self.progress.step
+        self.stall += time.perf_counter() - started
 
-
-def update(accelerator: Any, objective: Any, optimizer: Any, clip: float) -> float:
-    """Clip and step, where DeepSpeed has not done both inside backward already; the global gradient norm.
-
-    A norm that is not finite is told as inf or nan, on all ranks alike, and no weight is changed.
-    """
-    if accelerator.distributed_type == "DEEPSPEED":
-        norm = float(objective.get_global_grad_norm())
-        return math.inf if accelerator.optimizer_step_was_skipped or norm < 0 else norm  # -1 is its NaN
-    norm = float(accelerator.clip_grad_norm_(objective.parameters(), clip))
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-def make_accelerator(run: Run) -> Any:
-    """accelerate with this run's values; the launch command has said how to split the model."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    cpu = run.gpus_per_node == 0
-    handlers: list[Any] = [
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=COLLECTIVE_TIMEOUT),
-    ]
-    if cpu:  # not Accelerator(cpu=True), which turns DeepSpeed off without a word
-        _without_shared_memory_op()
-    accelerator = Accelerator(gradient_accumulation_steps=run.train.accumulate, kwargs_handlers=handlers)
-    if accelerator.num_processes != run.world_size:
-        raise ConfigError(f"{accelerator.num_processes} processes were started, but the run wants {run.world_size}")
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        share = run.world_size * run.train.accumulate
-        plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=sum(source.batch for source in run.sources.values()) // share,
-            gradient_accumulation_steps=run.train.accumulate,
-            gradient_clipping=run.train.clip,
-        )
-        if run.precision == "bf16":
-            plugin.deepspeed_config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    return accelerator
-
-
-def _without_shared_memory_op() -> None:
-    """On CPU, let DeepSpeed use gloo alone.
-
-    Its own shared-memory reduction is compiled at the first use, for a minute or more, and a build that is killed
-    leaves a lock on which every later run waits for ever.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    def finish_saving(self) -> str | None:
+        """Mark the checkpoint under way. None, or why it could not be written: then the one before it stays."""
+        path, problem, seconds = self.saver.finish()
+        self.deadline.saved(seconds)
+        if problem is None:
+            logger.info("saved %s in %.2f s, of which training waited %.2f s", path, seconds, self.stall)
+        else:
+            logger.error("%s was not saved: %s", path, problem)
+            self.saved = -1  # so that leaving tries again
+        self.stall = 0.0
+        return problem
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Run, Path]:
@@ -386,17 +406,28 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Run, Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    folder: Path | None = None
+    training: Training | None = None
     try:
         run, folder = read_arguments(sys.argv[1:] if arguments is None else arguments)
         logging.getLogger("hpc_mm").setLevel(logging.INFO)
-        Training(run, folder).loop()
+        die_with_parent()
+        training = Training(run, folder, Deadline.from_environment())
+        ending = training.loop()
     except ConfigError as error:
         # A reading worker's error comes with the worker's traceback around it.
-        print(str(error).rpartition("ConfigError: ")[2].strip(), file=sys.stderr)
+        reason = str(error).rpartition("ConfigError: ")[2].strip()
+        print(reason, file=sys.stderr)
+        if folder is not None and folder.is_dir():
+            attempt.end(folder, attempt.REFUSED, training.progress.step if training else 0, reason)
         return 2
-    except TrainingStopped as error:
+    except (TrainingStopped, checkpoint.DamagedCheckpoint) as error:
         print(f"stopped: {error}", file=sys.stderr)
+        assert folder is not None
+        attempt.end(folder, attempt.STOPPED, training.progress.step if training else 0, str(error))
         return 1
+    if training.accelerator.is_main_process:
+        attempt.end(folder, ending, training.progress.step)
     return 0
 
 

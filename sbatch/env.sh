@@ -14,9 +14,3 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 # The first node of the job. Where compute nodes have no scontrol: this script runs on that very node.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | sed -n 1p) || true
 export MASTER_ADDR=${MASTER_ADDR:-${SLURMD_NODENAME:-$(hostname)}}
-
-# A port per job, so that jobs on shared nodes do not meet: 10000 + the job id's last digits, or 10000 above that if a
-# program listens there already. Both lie below the range from which the kernel takes ports for outgoing connections.
-MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000))
-if (: <"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; then MASTER_PORT=$((MASTER_PORT + 10000)); fi
-export MASTER_PORT

@@ -15,9 +15,21 @@ from hpc_mm.data.store import open_store
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
 import json, os, pathlib, sys, time
+from hpc_mm import attempt, deadline
+deadline.die_with_parent()
+until = deadline.Deadline.from_environment()
 folder = pathlib.Path(sys.argv[1].removeprefix("run="))
 rank = int(os.environ["RANK"])
+checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+first = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+if rank == 0:
+    attempt.begin(folder, first)
+    if "TEST_SLEEP" in os.environ:  # a run that goes on until it is told to stop: a step, and its checkpoint
+        path = folder / "checkpoints" / f"step-{first + 1:08d}"
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text("{}")
 facts = {**os.environ, "file": __file__, "cwd": os.getcwd(), "cores": len(os.sched_getaffinity(0)), "version": VERSION}
+facts.update(first=first, pid=os.getpid(), parent=os.getppid(), time=time.time(), end=until.end)
 (folder / f".rank{rank}").write_text(json.dumps(facts))
 os.replace(folder / f".rank{rank}", folder / f"rank{rank}.json")
 if rank == int(os.environ.get("TEST_FAILS", -1)):
@@ -26,7 +38,11 @@ for step in (10, 20):
     if rank == 0:
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "time": time.time(), "loss": 1.5, "samples_per_s": 3.0}) + "\\n")
-time.sleep(float(os.environ.get("TEST_SLEEP", 0)))
+end = time.time() + float(os.environ.get("TEST_SLEEP", 0))
+while time.time() < end and not until.reason(time.time()):
+    time.sleep(0.1)
+if rank == 0:
+    attempt.end(folder, until.reason(time.time()) or "finished", first + 1)
 """
 
 

@@ -1,18 +1,18 @@
 """A rank of test_strategies.py: a step with a NaN on one rank, a checkpoint, and going on from it, with real parts.
 
-accelerate launch ... tests/strategy_worker.py FOLDER STRATEGY PRECISION
+accelerate launch ... tests/strategy_worker.py FOLDER STRATEGY PRECISION [FOLDER OF ANOTHER STRATEGY'S CHECKPOINT]
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 
-from hpc_mm import checkpoint
+from hpc_mm import checkpoint, sharding
 from hpc_mm.config import with_overrides
 from hpc_mm.recipes.toy import toy
-from hpc_mm.train import make_accelerator, update
 
 BAD_STEP, SAVED_STEP, LAST_STEP = 2, 4, 6
 
@@ -49,26 +49,40 @@ def step(accelerator, objective, optimizer, number: int) -> list[float]:
             loss = objective(inputs)
             accelerator.backward(loss * accelerator.num_processes * 2)
         total += loss.detach()
-    norm = update(accelerator, objective, optimizer, clip=1.0)
+    norm = sharding.update(accelerator, objective, optimizer, clip=1.0)
     return [float(accelerator.reduce(total, "sum")), norm]
 
 
-def main(folder: Path, strategy: str, precision: str) -> None:
+def go_on(parts, folder: Path) -> list[list[float]]:
+    """Losses and norms from the newest checkpoint of ``folder`` on."""
+    accelerator = parts[0]
+    found = checkpoint.find(accelerator, folder)
+    checkpoint.load(sharding.held(*parts), found, accelerator.process_index, accelerator.num_processes)
+    progress = checkpoint.read_progress(found)
+    sharding.restored(*parts, progress["updates"])
+    return [step(*parts, number) for number in range(progress["step"], LAST_STEP)]
+
+
+def main(folder: Path, strategy: str, precision: str, other: str = "") -> None:
     words = {"strategy": strategy, "precision": precision, "train.accumulate": "2"}
     run = with_overrides(toy(), words)
-    accelerator = make_accelerator(run)
+    accelerator = sharding.make_accelerator(run)
     objective = Objective()
     learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     objective, optimizer = accelerator.prepare(objective, torch.optim.AdamW(learning, lr=0.01))
+    parts = (accelerator, objective, optimizer)
+    saver = checkpoint.Saver(accelerator, folder, keep=1)
     found = []
     for number in range(LAST_STEP):
         if number == SAVED_STEP:
-            checkpoint.save(accelerator, objective, folder, {"step": number}, keep=1)
-        found.append(step(accelerator, objective, optimizer, number))
-    progress = checkpoint.resume(accelerator, objective, folder)
-    again = [step(accelerator, objective, optimizer, number) for number in range(progress["step"], LAST_STEP)]
-    (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps({"steps": found, "again": again}))
+            updates = sum(math.isfinite(norm) for _, norm in found)
+            saver.start(sharding.own(*parts), {"step": number, "updates": updates})
+        found.append(step(*parts, number))
+    _, problem, _ = saver.finish()
+    assert problem is None
+    result = {"steps": found, "again": go_on(parts, folder), "from other": go_on(parts, Path(other)) if other else None}
+    (folder / f"rank{accelerator.process_index}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:])

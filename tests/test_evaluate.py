@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import samples
+import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hpc_mm import checkpoint, metrics
-from hpc_mm.config import Run, with_overrides
+from hpc_mm import checkpoint, export, metrics, sharding
+from hpc_mm.config import ConfigError, Run, with_overrides
 from hpc_mm.data.schema import Sample
 from hpc_mm.data.shards import ShardWriter
 from hpc_mm.data.store import open_store
@@ -57,7 +58,11 @@ def run_folder(tmp_path: Path) -> Path:
     (folder / "run.json").write_text(run.model_dump_json())
     model = build(run.model, load_tokenizer(run.model.language), seed=1234)
     accelerator = Accelerator(cpu=True)
-    checkpoint.save(accelerator, accelerator.prepare(Objective(model)), folder, {"step": 7}, keep=1)
+    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    parts = (accelerator, *accelerator.prepare(Objective(model), optimizer))
+    saver = checkpoint.Saver(accelerator, folder, keep=1)
+    saver.start(sharding.own(*parts), {"step": 7, "updates": 7})
+    saver.finish()
     return folder
 
 
@@ -147,3 +152,17 @@ def test_a_checkpoint_of_another_model(options: Captions, run_folder: Path, caps
     assert main(options, ["steps=7"]) == 2
     complaint = capsys.readouterr().err
     assert "resampler.latents has shape (4, 32), not (5, 32)" in complaint and complaint.count("\n") == 1
+
+
+def test_another_run_starts_from_what_was_exported(run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "weights"
+    assert export.main([f"run={run_folder}", f"out={out}"]) == 0
+    run: Run = Run.model_validate_json((out / "run.json").read_text())
+    tokenizer = load_tokenizer(run.model.language)
+    model = build(with_overrides(run.model, {"weights": str(out)}), tokenizer, seed=run.train.seed)
+    expected = build(run.model, tokenizer, seed=run.train.seed)
+    checkpoint.load_weights(expected, checkpoint.path_of(run_folder, 7))
+    for (name, value), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    with pytest.raises(ConfigError, match="latents has shape"):
+        build(with_overrides(run.model, {"weights": str(out), "resampler_latents": "5"}), tokenizer, seed=0)

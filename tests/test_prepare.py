@@ -101,10 +101,10 @@ def test_real_documents_and_pairs_become_batches(
     tokenizer = samples.tokenizer([text for sample in written for text in texts(sample)])
     for data, form, count in (("documents", "interleaved", 8), ("pairs", "pairs", 32)):
         source = Source(data=str(tmp_path / data), form=form, batch=count, max_tokens=256)
-        (batch,) = make_loader(source, Loader(workers=0), 0, tokenizer, samples.SPEC, 0, 1, 1, 0, 1)
+        ((batch,),) = make_loader(source, Loader(workers=0), 0, tokenizer, samples.SPEC, 0, 1, 1, 0, 1)
         assert len(set(batch.ids)) == count and batch.unreadable == batch.left_out == batch.lost_images == []
         assert len(batch.images) == batch.image_counts.sum() == 32
-        assert batch.targets > 100 and batch.images.std() > 0.5
+        assert batch.targets > 100 and batch.to("cpu").images.std() > 0.5
 
 
 # ---------------------------------------------------------------- the corpora

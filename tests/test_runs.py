@@ -10,6 +10,7 @@ import pytest
 from checkout import ROOT, environment, launch
 from runs import LOCAL, SMALL, lines, losses
 
+from hpc_mm import attempt
 from hpc_mm.data.schema import Sample, Text
 from hpc_mm.data.shards import ShardReader, ShardWriter, read_manifest
 from hpc_mm.data.store import open_store
@@ -73,7 +74,7 @@ def test_a_rank_without_images_does_not_hang_the_others_under_zero3(shapes: Path
     for name in ("train-pairs", "tokenizer.json"):
         (store / "shapes" / name).symlink_to(shapes / "shapes" / name)
     words = ["sources.documents.min_images=0", "sources.documents.batch=2", "train.steps=3"]
-    order = Order(read_manifest(documents), seed=42, window=16)
+    order = Order(read_manifest(documents).samples, seed=42, window=16)
     with_image = [order.locate(position).sample % 2 for position in range(6)]
     assert any(with_image[2 * step] != with_image[2 * step + 1] for step in range(3))
     small = [word for word in LOCAL if not word.startswith(("sources.documents", "train.steps"))]
@@ -87,21 +88,48 @@ def test_a_rank_without_images_does_not_hang_the_others_under_zero3(shapes: Path
         assert found == pytest.approx(expected, rel=2e-4)
 
 
-def test_a_run_that_was_ended_goes_on_with_exactly_the_same_losses(alone: Path, shapes: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_ended_loses_no_step_and_goes_on_exactly(alone: Path, shapes: Path, tmp_path: Path) -> None:
+    """SIGTERM saves after the step, on all ranks, though no checkpoint was due."""
     values = environment(ROOT, tmp_path, HPC_MM_STORE=str(shapes))
-    command = [sys.executable, "-m", "hpc_mm.launch", *LOCAL, "nodes=1", "strategy=ddp", "train.save_every=2"]
+    command = [sys.executable, "-m", "hpc_mm.launch", *LOCAL, "nodes=1", "strategy=ddp"]
     run = tmp_path / "runs" / "toy"
     first = subprocess.Popen(command, env=values, stdout=subprocess.DEVNULL)
-    while not list(run.glob("checkpoints/step-*2/manifest.json")):
+    while not (run / "metrics.jsonl").exists() or not lines(run):
         assert first.poll() is None
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
     assert first.wait() == 1
+    done = lines(run)[-1]["step"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+    ended = attempt.read(run)
+    assert (ended["from"], ended["ending"], ended["step"]) == (0, "ended", done)
     again = subprocess.run(command, env=values, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "going on with it" in again.stdout
     assert losses(run) == losses(alone)
-    assert "resuming at step" in (run / "submissions" / "002" / "node0.log").read_text()
+    assert f"resuming at step {done}" in (run / "submissions" / "002" / "node0.log").read_text()
+    assert attempt.read(run)["ending"] == "finished"
+
+
+def test_a_run_goes_on_with_other_nodes_and_another_strategy(alone: Path, shapes: Path, tmp_path: Path) -> None:
+    """3 nodes of ddp take batches of 4 and 8 in unequal shares; 2 nodes of ZeRO-3 take over."""
+    words = ["train.save_every=3", "train.steps=6"]
+    values = environment(ROOT, tmp_path, HPC_MM_STORE=str(shapes))
+    small = [word for word in LOCAL if not word.startswith("train.steps")]
+    command = [sys.executable, "-m", "hpc_mm.launch", *small, *words, "nodes=3", "strategy=ddp"]
+    run = tmp_path / "runs" / "toy"
+    first = subprocess.Popen(command, env=values, stdout=subprocess.DEVNULL)
+    while not list(run.glob("checkpoints/step-*3/manifest.json")):
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == 1
+    again = launch(values, *small, *words, "nodes=2", "strategy=zero3")
+    assert again.returncode == 0, again.stderr
+    for said in ("nodes: 3 -> 2", "train.accumulate: 1 -> 2", "over 2 ranks x 2 micro-steps"):
+        assert said in again.stdout
+    for found, expected in zip(losses(run), losses(alone), strict=True):
+        assert found == pytest.approx(expected, rel=2e-4)
 
 
 def test_non_finite_steps_are_skipped_and_then_stop_the_run(shapes: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,6 +20,7 @@ from hpc_mm.data.images import UnreadableImage, decode
 from hpc_mm.data.schema import Image, Sample, Text
 
 IGNORED = -100  # the label of a token that is no target
+TOKENIZING = threading.Lock()  # a call may set a fast tokenizer's truncation and padding, which fails beside another
 
 
 class LeftOut(Exception):
@@ -42,27 +44,48 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens padded on the right, and their N images. Where no row is left, one row without a target."""
+    """B rows of T tokens padded on the right, and their N images. Where no row is left, one row without a target.
+
+    A row holds one sample, or several where ``segments`` says which of them a token belongs to.
+    """
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64, 1 = token, 0 = padding
-    labels: Tensor  # (B, T) int64, unshifted; IGNORED = no target
-    images: Tensor  # (N, 3, S, S) float32, normalised; row after row, within a row in the order of its image tokens
+    labels: Tensor  # (B, T) int64, unshifted; IGNORED = no target, as the first token of every sample
+    images: Tensor  # (N, S, S, 3) uint8, row after row, within a row in the order of its image tokens; see to()
     image_counts: Tensor  # (B,) int64, sums to N
-    ids: list[str]  # of the samples, one per row; empty where no row is left
+    spec: ImageSpec  # what images are normalised with
+    ids: list[str]  # of the samples, row after row; empty where no row is left
     unreadable: list[tuple[str, str]]  # (sample, reason): their places are empty
     left_out: list[tuple[str, str]]  # (sample, rule): their places are empty
     lost_images: list[tuple[str, str]] = field(default_factory=list)  # (sample, reason): the sample goes on without
+    segments: Tensor | None = None  # (B, T) int64, sample of the row from 0, -1 = padding; None = one sample per row
 
     @property
     def targets(self) -> int:
         """Tokens that are predicted: labels after the first position that are not IGNORED."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
+    @property
+    def tokens(self) -> int:
+        return int(self.attention_mask.sum())
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens of one sample: the squares of the samples' lengths, summed."""
+        segments = self.attention_mask - 1 if self.segments is None else self.segments
+        lengths = torch.zeros(len(segments), int(segments.max()) + 2, dtype=torch.int64)  # the first column is padding
+        lengths.scatter_add_(1, segments + 1, torch.ones_like(segments))
+        return int((lengths[:, 1:] ** 2).sum())
+
     def to(self, device: torch.device | str, images: torch.dtype = torch.float32) -> Batch:
-        """The batch on a device, its images as ``images``."""
+        """The batch on a device, its images normalised there: (N, 3, S, S) as ``images``."""
         moved = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
-        return replace(self, **{**moved, "images": self.images.to(device, images, non_blocking=True)})
+        return replace(self, **{**moved, "images": normalise(moved["images"], self.spec).to(images)})
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; DataLoader calls this."""
@@ -115,7 +138,8 @@ def plain(text: str, words: Vocabulary) -> str:
 
 
 def encode(tokenizer: Any, text: str) -> NDArray[np.int64]:
-    return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+    with TOKENIZING:
+        return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
 
 
 def pair_labels(ids: NDArray[np.int64], words: Vocabulary) -> NDArray[np.int64]:
@@ -263,34 +287,61 @@ def with_images(texts: Sequence[str | None], chosen: Sequence[int]) -> list[str 
 
 
 def collate(
-    rows: Sequence[Row],
+    rows: Sequence[Sequence[Row]],
     pad: int,
     spec: ImageSpec,
     unreadable: Sequence[tuple[str, str]] = (),
     left_out: Sequence[tuple[str, str]] = (),
 ) -> Batch:
-    """Rows padded on the right to the longest, images normalised."""
-    tokens = [torch.from_numpy(row.input_ids) for row in rows] or [torch.tensor([pad])]
-    labels = [torch.from_numpy(row.labels) for row in rows] or [torch.tensor([IGNORED])]
-    lengths = torch.tensor([len(row) for row in tokens])
-    padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad)
+    """The samples that share each row, one after another, padded on the right to the longest row."""
+    samples = [sample for row in rows for sample in row]
+    lengths = [sum(len(sample.input_ids) for sample in row) for row in rows] or [1]
+    shape = len(lengths), max(lengths)
+    ids, labels, segments = np.full(shape, pad), np.full(shape, IGNORED), np.full(shape, -1)
+    for place, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row):
+            end = start + len(sample.input_ids)
+            ids[place, start:end] = sample.input_ids
+            labels[place, start + 1 : end] = sample.labels[1:]
+            segments[place, start:end] = segment
+            start = end
     return Batch(
-        input_ids=padded,
-        attention_mask=(torch.arange(padded.shape[1]) < lengths[:, None]).long(),
-        labels=torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        images=normalised([image for row in rows for image in row.images], spec),
-        image_counts=torch.tensor([len(row.images) for row in rows] or [0]),
-        ids=[row.id for row in rows],
+        input_ids=torch.from_numpy(ids),
+        attention_mask=(torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long(),
+        labels=torch.from_numpy(labels),
+        images=stacked([image for sample in samples for image in sample.images], spec.size),
+        image_counts=torch.tensor([sum(len(sample.images) for sample in row) for row in rows] or [0]),
+        spec=spec,
+        ids=[sample.id for sample in samples],
         unreadable=list(unreadable),
         left_out=list(left_out),
-        lost_images=[(row.id, reason) for row in rows for reason in row.lost_images],
+        lost_images=[(sample.id, reason) for sample in samples for reason in sample.lost_images],
+        segments=torch.from_numpy(segments) if len(samples) > len(rows) else None,
     )
 
 
+def stacked(images: Sequence[NDArray[np.uint8]], size: int) -> Tensor:
+    """N pictures (size, size, 3) as one (N, size, size, 3) uint8."""
+    pixels = np.empty((len(images), size, size, 3), np.uint8)
+    for place, image in enumerate(images):
+        pixels[place] = image
+    return torch.from_numpy(pixels)
+
+
+def normalise(pixels: Tensor, spec: ImageSpec) -> Tensor:
+    """(N, S, S, 3) uint8 to (N, 3, S, S) float32: (value / 255 - mean) / std per channel."""
+    mean, std = channels(spec, pixels.device)
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=8)
+def channels(spec: ImageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (3, 1, 1); kept, since copying them to a device waits for all its work."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (spec.mean, spec.std))
+    return mean, std
+
+
 def normalised(images: Sequence[NDArray[np.uint8]], spec: ImageSpec) -> Tensor:
-    """N pictures (S, S, 3) uint8 to (N, 3, S, S) float32: (value / 255 - mean) / std per channel."""
-    if not images:
-        return torch.zeros(0, 3, spec.size, spec.size)
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float().div_(255)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
-    return pixels.sub_(mean).div_(std)
+    """N pictures (S, S, 3) uint8 to (N, 3, S, S) float32, as ``normalise``."""
+    return normalise(stacked(images, spec.size), spec)

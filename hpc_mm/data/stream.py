@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hpc_mm.config import ConfigError, ImageSpec, Loader, Source
-from hpc_mm.data.batch import Batch, LeftOut, Unusable, collate, to_row, vocabulary
+from hpc_mm.data.batch import Batch, LeftOut, Row, Unusable, collate, to_row, vocabulary
 from hpc_mm.data.cache import ReadCache
-from hpc_mm.data.schema import Sample
-from hpc_mm.data.shards import BrokenShard, ShardInfo, ShardReader, corpus_digest, read_manifest
+from hpc_mm.data.packing import micro_batches, share
+from hpc_mm.data.shards import BrokenShard, ShardReader, corpus_digest, read_manifest
 from hpc_mm.data.store import MissingKey, StoreError, open_store
+from hpc_mm.data.worker import outlive_signals
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -34,6 +37,14 @@ class Place(NamedTuple):
     sample: int  # inside the shard
 
 
+class NoRow(NamedTuple):
+    """What is left of a sample that cannot be read, or that a rule leaves out."""
+
+    name: str
+    reason: str
+    unreadable: bool
+
+
 class Order:
     """Where the sample at every position of an endless stream lies; positions count samples over all epochs.
 
@@ -42,8 +53,8 @@ class Order:
     64-bit words of the Philox generator, whose stream NumPy guarantees, so it stays the same over NumPy's versions.
     """
 
-    def __init__(self, shards: Sequence[ShardInfo], seed: int, window: int) -> None:
-        self.sizes = np.array([shard.samples for shard in shards], dtype=np.int64)
+    def __init__(self, sizes: Sequence[int] | NDArray[np.int64], seed: int, window: int) -> None:
+        self.sizes = np.array(sizes, dtype=np.int64)  # samples of each shard
         self.samples = int(self.sizes.sum())  # per epoch
         if not self.samples:
             raise ConfigError("shards without any sample make no stream")
@@ -87,22 +98,32 @@ def remember(cache: OrderedDict[Key, Value], key: Key, value: Value, limit: int)
         cache.popitem(last=False)
 
 
-def positions(micro_step: int, batch: int, accumulate: int, rank: int, world: int) -> range:
-    """The places in the global order of one rank's rows in one micro-step.
+def samples_before(source: Source, step: int) -> int:
+    """Samples of a source in the optimizer steps before ``step``, which takes the stream from there.
 
-    Optimizer step s takes positions [s * batch, (s + 1) * batch), its micro-steps take equal runs of them in turn, and
-    in a micro-step the ranks do. So the state of a stream is the optimizer step alone, for any number of ranks.
+    So the state of a stream is the optimizer step alone, whatever the ranks and however batch sizes change.
     """
-    if batch % (accumulate * world):
-        raise ConfigError(f"batch={batch} cannot be divided over {world} ranks x {accumulate} micro-steps")
-    share = batch // accumulate // world
-    start = (micro_step * world + rank) * share
-    return range(start, start + share)
+    total, since, batch = 0, 0, source.batch
+    for change, size in sorted(source.batch_from.items()):
+        if change >= step:
+            break
+        total += (change - since) * batch
+        since, batch = change, size
+    return total + (step - since) * batch
 
 
-class MicroBatches(Dataset[Batch]):
-    """A rank's batch of every micro-step. It reads ``reads`` samples at once and decodes in the process that asks.
+class Reading(NamedTuple):
+    """What one process reads with."""
 
+    shards: ShardReader
+    threads: ThreadPoolExecutor
+    decoders: threading.Semaphore
+
+
+class Steps(Dataset[list[Batch]]):
+    """A rank's micro-batches of every optimizer step. ``reads`` samples are read at once.
+
+    A worker decodes one at a time, so that it keeps one core busy; without workers all that are read are decoded.
     A sample whose bytes cannot be had leaves its place empty and is listed, as one that a rule leaves out.
     """
 
@@ -120,52 +141,54 @@ class MicroBatches(Dataset[Batch]):
         self.source, self.settings, self.seed = source, settings, seed
         self.tokenizer, self.spec = tokenizer, spec
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        positions(0, source.batch, accumulate, rank, world)  # says at once whether the batch can be divided
         self.store = open_store(source.data)
         self.shards = read_manifest(self.store)
         self.corpus = corpus_digest(self.shards)  # another one is another order
-        self.order = Order(self.shards, seed, source.shuffle_shards)
-        self._readers: dict[int, tuple[ShardReader, ThreadPoolExecutor]] = {}  # by process id: threads do not fork
+        self.order = Order(self.shards.samples, seed, source.shuffle_shards)
+        self._readings: dict[int, Reading] = {}  # by process id: threads do not fork
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}
+        return {**self.__dict__, "_readings": {}}
 
-    def _reader(self) -> tuple[ShardReader, ThreadPoolExecutor]:
-        if os.getpid() not in self._readers:
+    def _reading(self) -> Reading:
+        if os.getpid() not in self._readings:
             cache = None
             if self.settings.cache:
                 cache = ReadCache(Path(self.settings.cache), int(self.settings.cache_gb * 1e9))
             reader = ShardReader(self.store, 2 * self.source.shuffle_shards + 2, cache)  # this window and the next
-            self._readers[os.getpid()] = reader, ThreadPoolExecutor(self.settings.reads, "read")
-        return self._readers[os.getpid()]
+            reads = self.settings.reads
+            decoders = threading.Semaphore(1 if get_worker_info() else reads)
+            self._readings[os.getpid()] = Reading(reader, ThreadPoolExecutor(reads, "read"), decoders)
+        return self._readings[os.getpid()]
 
-    def places(self, micro_step: int) -> list[Place]:
-        """Where this rank's samples of a micro-step lie, in order."""
-        run = positions(micro_step, self.source.batch, self.accumulate, self.rank, self.world)
-        return [self.order.locate(position) for position in run]
+    def places(self, step: int) -> list[Place]:
+        """Where this rank's samples of an optimizer step lie, in stream order: its run of the step's positions."""
+        first, end = (samples_before(self.source, at) for at in (step, step + 1))
+        return [self.order.locate(first + i) for i in share(end - first, self.rank, self.world)]
 
-    def _read(self, reader: ShardReader, place: Place) -> Sample | str:
-        """The sample, or why it cannot be had."""
+    def _row(self, reading: Reading, place: Place) -> Row | NoRow:
+        name = f"{self.shards.names[place.shard]}:{place.sample}"
         try:
-            return reader.read(self.shards[place.shard].name, place.sample)
-        except (MissingKey, StoreError, BrokenShard) as error:
-            return str(error)
+            sample = reading.shards.read(self.shards.names[place.shard], place.sample)
+            name = sample.id
+            with reading.decoders:
+                return to_row(sample, self.source, self.tokenizer, self.spec, self.seed, place.epoch)
+        except LeftOut as rule:
+            return NoRow(name, str(rule), unreadable=False)
+        except (MissingKey, StoreError, BrokenShard, Unusable) as error:
+            return NoRow(name, str(error), unreadable=True)
 
-    def __getitem__(self, micro_step: int) -> Batch:
-        reader, threads = self._reader()
-        places = self.places(micro_step)
-        rows, unreadable, left_out = [], [], []
-        for place, sample in zip(places, threads.map(lambda place: self._read(reader, place), places), strict=True):
-            if isinstance(sample, str):
-                unreadable.append((f"{self.shards[place.shard].name}:{place.sample}", sample))
-                continue
-            try:
-                rows.append(to_row(sample, self.source, self.tokenizer, self.spec, self.seed, place.epoch))
-            except LeftOut as rule:
-                left_out.append((sample.id, str(rule)))
-            except Unusable as reason:
-                unreadable.append((sample.id, str(reason)))
-        return collate(rows, vocabulary(self.tokenizer).pad, self.spec, unreadable, left_out)
+    def __getitem__(self, step: int) -> list[Batch]:
+        reading = self._reading()
+        found = list(reading.threads.map(partial(self._row, reading), self.places(step)))
+        rows = [row for row in found if isinstance(row, Row)]
+        lost = [row for row in found if isinstance(row, NoRow)]
+        unreadable = [(row.name, row.reason) for row in lost if row.unreadable]
+        left_out = [(row.name, row.reason) for row in lost if not row.unreadable]
+        pad = vocabulary(self.tokenizer).pad
+        first, *others = micro_batches(rows, self.source, self.settings.by_length, self.accumulate)
+        batches = [collate(rest, pad, self.spec) for rest in others]
+        return [collate(first, pad, self.spec, unreadable, left_out), *batches]
 
 
 def make_loader(
@@ -179,17 +202,18 @@ def make_loader(
     accumulate: int,
     first_step: int,
     last_step: int,
-) -> DataLoader[Batch]:
-    """A rank's batches of the micro-steps of optimizer steps [first_step, last_step), in order.
+) -> DataLoader[list[Batch]]:
+    """A rank's ``accumulate`` micro-batches of each of the optimizer steps [first_step, last_step), in order.
 
-    Their content depends on the arguments and the shards alone, not on ``settings``. ConfigError where ``source.data``
+    Which samples a step holds depends on ``source``, ``seed`` and the shards alone. ConfigError where ``source.data``
     holds no whole shards.
     """
     return DataLoader(
-        MicroBatches(source, settings, seed, tokenizer, spec, rank, world, accumulate),
+        Steps(source, settings, seed, tokenizer, spec, rank, world, accumulate),
         batch_size=None,
-        sampler=range(first_step * accumulate, last_step * accumulate),
+        sampler=range(first_step, last_step),
         num_workers=settings.workers,
-        prefetch_factor=settings.prefetch if settings.workers else None,
+        worker_init_fn=outlive_signals,
+        prefetch_factor=-(-settings.prefetch // accumulate) if settings.workers else None,
         pin_memory=torch.cuda.is_available(),
     )

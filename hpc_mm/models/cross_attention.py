@@ -6,6 +6,7 @@ W vision width, H heads, L longest group of tokens that look at one image.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from hpc_mm.models.packing import starts
 
 HEADS = 8  # of the resampler and of cross-attention, whatever the language model has
 HEAD_WIDTH = 64
@@ -109,15 +112,19 @@ class Media(NamedTuple):
     cache: dict[int, Tensor] | None
 
 
-def image_of_token(is_image: Tensor, image_counts: Tensor) -> Tensor:
+def image_of_token(is_image: Tensor, image_counts: Tensor, segments: Tensor | None = None) -> Tensor:
     """The number of the image that each token looks at, (B, T), counted over the batch; -1 = none yet.
 
     Text looks at the last image before it and an image token at its own (Flamingo, section 3.1.3). Image tokens
-    beyond a row's images keep looking at its last one.
+    beyond a row's images keep looking at its last one. Where rows hold several samples (``segments``), text looks at
+    images of its own sample alone.
     """
     seen = torch.minimum(is_image.cumsum(dim=1), image_counts[:, None])
+    before: Tensor | int = 0  # images of the row's earlier samples
+    if segments is not None:
+        before = torch.where(starts(segments), functional.pad(seen[:, :-1], (1, 0)), 0).cummax(dim=1).values
     first = image_counts.cumsum(dim=0) - image_counts
-    return torch.where(seen > 0, first[:, None] + seen - 1, -1)
+    return torch.where(seen > before, first[:, None] + seen - 1, -1)
 
 
 def group_by_image(latents: Tensor, image: Tensor, cache: dict[int, Tensor] | None) -> Media:
@@ -173,6 +180,14 @@ class Conditioning:
     def __init__(self) -> None:
         self.images: Images | None = None
         self.positions: Tensor | None = None  # (B, T) where logits are wanted; None = everywhere
+        self.targets: Tensor | None = None  # (selected,) the tokens there, where their cross-entropy is wanted
+        self.found: Tensor | None = None  # what the head made
+
+
+def own_precision(module: nn.Module, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Without autocast where the weights are in bf16: they need no cast, and norms no fp32."""
+    weight = next(module.parameters())
+    return contextlib.nullcontext() if weight.dtype == torch.float32 else torch.autocast(device.type, enabled=False)
 
 
 # ---------------------------------------------------------------- gated cross-attention
@@ -219,8 +234,8 @@ class GatedCrossAttention(nn.Module):
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, media: Media) -> Tensor:
-        x = x + self.attn_gate.tanh() * self.attn(x, media)
-        return x + self.ff_gate.tanh() * self.ff(x)  # type: ignore[no-any-return]
+        x = x + self.attn_gate.tanh().to(x.dtype) * self.attn(x, media)  # what runs in bf16 stays in it
+        return x + self.ff_gate.tanh().to(x.dtype) * self.ff(x)  # type: ignore[no-any-return]
 
 
 class ConditionedLayer(nn.Module):
@@ -251,4 +266,5 @@ class ConditionedLayer(nn.Module):
     def _run(self, hidden_states: Tensor, media: Media, *args: Any, **kwargs: Any) -> Any:
         if self.gated_cross_attn_layer is not None:
             hidden_states = self.gated_cross_attn_layer(hidden_states, media)
-        return self.decoder_layer(hidden_states, *args, **kwargs)
+        with own_precision(self.decoder_layer, hidden_states.device):
+            return self.decoder_layer(hidden_states, *args, **kwargs)

@@ -13,13 +13,15 @@ Parameter names, which checkpoints are made of:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, Flamingo, TrainablePart
+from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, Flamingo, TrainablePart
 from hpc_mm.models.cross_attention import (
     ConditionedLayer,
     Conditioning,
@@ -27,6 +29,7 @@ from hpc_mm.models.cross_attention import (
     Images,
     PerceiverResampler,
     image_of_token,
+    own_precision,
 )
 from hpc_mm.models.flops import flamingo_work
 from hpc_mm.models.language_model import (
@@ -36,16 +39,17 @@ from hpc_mm.models.language_model import (
     load_tokenizer,
 )
 from hpc_mm.models.openflamingo_weights import load_openflamingo
+from hpc_mm.models.packing import packed_arguments
 from hpc_mm.models.vision_tower import image_spec, load_vision
 
 __all__ = ["FlamingoModel", "build", "load_tokenizer"]
 
 
-def build(config: Flamingo, tokenizer: Any, seed: int) -> FlamingoModel:
+def build(config: Flamingo, tokenizer: Any, seed: int, precision: Literal["bf16", "fp32"] = "fp32") -> FlamingoModel:
     """The model of ``config`` on the CPU in fp32, with ``tokenizer`` from ``load_tokenizer``.
 
     What is random depends on ``seed`` alone, each part on its own stream; the global generator is left as it was.
-    ``config.weights`` is copied over it last.
+    ``config.weights`` is copied over it; then, with ``precision`` bf16, frozen towers are rounded to bf16.
     """
     with _seeded(seed, 0):
         vision = load_vision(config.vision)
@@ -56,10 +60,27 @@ def build(config: Flamingo, tokenizer: Any, seed: int) -> FlamingoModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in config.trainable)
     if config.weights:
-        load_openflamingo(model, config.weights)
+        exported = sorted(Path(config.weights).glob("model*.safetensors"))
+        if exported:
+            load_exported(model, exported)
+        else:
+            load_openflamingo(model, config.weights)
+    if precision == "bf16":
+        model.halve_frozen()
     if config.compile:
         model.compile_parts()
     return model.train()
+
+
+def load_exported(model: FlamingoModel, files: Sequence[Path]) -> None:
+    """Copy the weights that ``hpc_mm.export`` wrote; others stay. ConfigError where one has no place in ``model``."""
+    ours = dict(model.named_parameters())
+    for file in files:
+        for name, value in load_file(file).items():
+            if name not in ours or ours[name].shape != value.shape:
+                found = f"of shape {tuple(ours[name].shape)}" if name in ours else "not there"
+                raise ConfigError(f"{file}: {name} has shape {tuple(value.shape)}, in this model it is {found}")
+            ours[name].data.copy_(value)
 
 
 @contextlib.contextmanager
@@ -117,17 +138,27 @@ class FlamingoModel(nn.Module):
         images: Tensor,
         image_counts: Tensor,
         positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token, (B, T, V); with ``positions``, a (B, T) mask, at those alone: (selected, V).
 
+        With ``targets`` (selected,) too, the tokens that follow there: the sum of their cross-entropy in fp32, for
+        which the logits never all exist at once. Rows are padded on the right, so that no token sees padding.
         ``images`` (N, 3, S, S) are the rows' images in the order of their image tokens, ``image_counts`` (B,) of them
-        per row. Every part runs in every call, with a black image where N = 0, so that all ranks of a sharded run
-        issue the same collectives and every trainable parameter gets a gradient, zero where it had no part.
+        per row; ``segments`` as in ``packing``. Every part runs in every call, with a black image where N = 0, so that
+        all ranks of a sharded run issue the same collectives and every trainable parameter gets a gradient, zero where
+        it had no part.
         """
-        with self._conditioned(input_ids, images, image_counts, keep=False):
-            self.given.positions = positions
-            output = self.language(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return output.logits  # type: ignore[no-any-return]
+        torch._assert_async(attention_mask[:, 0].all(), "rows must be padded on the right")
+        how = {} if segments is None else packed_arguments(self.language, segments)
+        with self._conditioned(input_ids, images, image_counts, segments, keep=False):
+            self.given.positions, self.given.targets = positions, targets
+            found: Tensor = self.language(input_ids=input_ids, use_cache=False, **how).logits
+            assert self.given.found is not None  # the head ran
+            if targets is not None and found.data_ptr() != self.given.found.data_ptr():
+                raise ConfigError(f"{type(self.language).__name__} changes its head's logits, which is not supported")
+        return found
 
     @torch.no_grad()
     def generate(
@@ -140,26 +171,34 @@ class FlamingoModel(nn.Module):
         """
         # use_cache: MPT's config.json turns it off, which was meant for training
         how = {"eos_token_id": self.end_id, "pad_token_id": self.pad_id, "use_cache": True, **how}
-        with self._conditioned(input_ids, images, image_counts, keep=True):
+        with self._conditioned(input_ids, images, image_counts, None, keep=True):
             return self.language.generate(input_ids=input_ids, attention_mask=attention_mask, **how)  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
-    def _conditioned(self, input_ids: Tensor, images: Tensor, image_counts: Tensor, keep: bool) -> Iterator[None]:
-        image = image_of_token(input_ids == self.image_id, image_counts)
+    def _conditioned(
+        self, input_ids: Tensor, images: Tensor, image_counts: Tensor, segments: Tensor | None, keep: bool
+    ) -> Iterator[None]:
+        image = image_of_token(input_ids == self.image_id, image_counts, segments)
         self.given.images = Images(self.encode(images), image, keep)
         try:
             yield
         finally:
-            self.given.images = self.given.positions = None
+            self.given.images = self.given.positions = self.given.targets = self.given.found = None
 
     def encode(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, latents, vision width); a black image's where N = 0."""
         if not len(images):
             images = images.new_zeros(1, *images.shape[1:])
         learns = torch.is_grad_enabled() and "vision" in self.config.trainable
-        with torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(learns), own_precision(self.vision, images.device):
             _, patches = self.vision(images.to(next(self.vision.parameters()).dtype))
         return self.resampler(patches)  # type: ignore[no-any-return]
+
+    def halve_frozen(self) -> None:
+        """Keep frozen towers in bf16, so that autocast need not cast them in every step, nor keep two copies."""
+        for name, parameter in self.named_parameters():
+            if self.part_of(name) in ("vision", "language") and not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     def train(self, mode: bool = True) -> FlamingoModel:
         """As torch's, but what is frozen stays in evaluation mode, without dropout."""

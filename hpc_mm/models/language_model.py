@@ -13,6 +13,8 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN, ConfigError, Language, unknown
 from hpc_mm.models import mosaic_gpt  # noqa: F401  # known to transformers once imported
+from hpc_mm.models.mpt_attention import fuse_attention
+from hpc_mm.models.token_head import TokenHead
 
 END_OF_TEXT = ("</s>", "<|endoftext|>", "<eos>", "<|end_of_text|>")  # how a bare tokenizer.json may call it
 
@@ -72,6 +74,7 @@ def load_language(language: Language, tokenizer: Any) -> Any:
         )
     if model.get_output_embeddings() is None:
         raise ConfigError(f"language model {language.name!r} has no output head of its own, which transformers' have")
+    fuse_attention(model)
     return model
 
 
@@ -134,32 +137,9 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, width)."""
-        base = self.base(ids.clamp(max=self.first_new - 1))
+        base: Tensor = self.base(ids.clamp(max=self.first_new - 1))
         new = functional.embedding((ids - self.first_new).clamp(min=0), self.new_rows)
-        return torch.where((ids >= self.first_new)[..., None], new, base)
-
-
-class TokenHead(nn.Module):
-    """The language model's output head up to the first new id, and the new rows from there on.
-
-    Where ``given.positions`` is set, logits are made at those positions alone: (B, T, width) -> (selected, vocabulary).
-    Tied weights: ``new_rows`` is the embedding's own parameter.
-    """
-
-    def __init__(self, base: nn.Module, new_rows: nn.Parameter | None, first_new: int, given: Any) -> None:
-        super().__init__()
-        self.base = base
-        self.new_rows = new_rows
-        self.first_new = first_new
-        self.given = given
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.given.positions is not None:
-            hidden = hidden[self.given.positions]
-        logits: Tensor = self.base(hidden)[..., : self.first_new]
-        if self.new_rows is None:
-            return logits
-        return torch.cat([logits, functional.linear(hidden, self.new_rows)], dim=-1)
+        return torch.where((ids >= self.first_new)[..., None], new.to(base.dtype), base)
 
 
 def add_token_rows(model: Any, tokenizer: Any, given: Any) -> None:

@@ -164,23 +164,27 @@ class MosaicGPT(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         use_cache: bool = False,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        segments: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, (B, T, V), or of the last ``logits_to_keep`` positions.
 
-        ``attention_mask`` (B, K) is 0 on padding, on either side. The result is always an object, never a tuple.
+        ``attention_mask`` (B, K) is 0 on padding, on either side. Tokens see those of their own one of ``segments``
+        (B, T) alone, for which there is no cache. The result is always an object, never a tuple.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         hidden = self.transformer["wte"](input_ids)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        bias = attention_bias(self.config, hidden, past, attention_mask)
+        bias = attention_bias(self.config, hidden, past, attention_mask, segments)
         for block in self.transformer["blocks"]:  # type: ignore[attr-defined]
             hidden = block(hidden, bias, past_key_values)
         hidden = self.transformer["ln_f"](hidden)
         return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, -logits_to_keep:]), past_key_values=past_key_values)
 
 
-def attention_bias(config: MosaicGPTConfig, hidden: Tensor, past: int, attention_mask: Tensor | None) -> Tensor:
+def attention_bias(
+    config: MosaicGPTConfig, hidden: Tensor, past: int, attention_mask: Tensor | None, segments: Tensor | None = None
+) -> Tensor:
     """What is added to attention's scores, (B, H, T, K): ALiBi, and the lowest value where a token may not look.
 
     Head h = 1..H takes 2 ** (-h * alibi_bias_max / H) times the distance off. Its type is the one attention runs in.
@@ -192,6 +196,9 @@ def attention_bias(config: MosaicGPTConfig, hidden: Tensor, past: int, attention
     sees = distance >= 0
     if attention_mask is not None:
         sees = sees & functional.pad(attention_mask.bool(), (0, padded - keys))[:, None, None]
+    if segments is not None:
+        same = segments[:, :, None] == functional.pad(segments, (0, padded - keys), value=-1)[:, None]
+        sees = sees & same[:, None]
     powers = torch.arange(1, config.n_heads + 1, device=device) * (config.alibi_bias_max / config.n_heads)
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype

@@ -14,7 +14,8 @@ IGNORED = -100  # the label of a token that is no target
 
 
 class TextBatch(Protocol):
-    """What the objective reads of a batch: (B, T) ids, mask and labels, (N, 3, S, S) images, (B,) image counts."""
+    """What the objective reads of a batch: (B, T) ids, mask, labels and perhaps segments, (N, 3, S, S) images, (B,)
+    image counts."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -26,17 +27,23 @@ class TextBatch(Protocol):
     def images(self) -> Tensor: ...
     @property
     def image_counts(self) -> Tensor: ...
+    @property
+    def segments(self) -> Tensor | None: ...
 
 
 def next_token(model: Callable[..., Tensor], batch: TextBatch) -> Tensor:
     """Sum of -log p(token | what is left of it) over the batch's targets, in fp32; 0 where there is no target.
 
-    Logits are made only at positions whose next token is a target.
+    The model makes logits only at positions whose next token is a target, and sums up their cross-entropy itself.
     """
     targets = batch.labels[:, 1:]
     positions = functional.pad(targets != IGNORED, (0, 1))  # (B, T); the last token predicts nothing
-    logits = model(batch.input_ids, batch.attention_mask, batch.images, batch.image_counts, positions=positions)
-    wanted = targets[positions[:, :-1]]
-    if not len(wanted):
-        return logits.sum() * 0.0  # keeps every parameter in the graph
-    return functional.cross_entropy(logits.float(), wanted, reduction="sum")
+    return model(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.images,
+        batch.image_counts,
+        positions=positions,
+        segments=batch.segments,
+        targets=targets[positions[:, :-1]],
+    )

@@ -3,12 +3,14 @@
 import os
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from checkout import ROOT, environment
 
 FOLDER = Path(os.environ.get("HPC_MM_CLUSTER_DIR", "/var/tmp/hpc_mm-cluster"))
 
@@ -22,13 +24,13 @@ def absent(reason: str) -> NoReturn:
 
 @pytest.fixture(scope="session")
 def slurm() -> None:
-    """Slurm with four idle or busy nodes and the partitions main and short."""
+    """Slurm with four idle or busy nodes and the partitions main, short and urgent."""
     if shutil.which("sinfo") is None:
         absent("Slurm is not installed")
     answer = subprocess.run(["sinfo", "--noheader", "-o", "%R"], capture_output=True, text=True, timeout=30)
     if answer.returncode:
         absent("Slurm does not run")
-    if not {"main", "short"} <= set(answer.stdout.split()):
+    if not {"main", "short", "urgent"} <= set(answer.stdout.split()):
         absent("the Slurm here is not that of tests/cluster/slurm.sh")
 
 
@@ -52,3 +54,14 @@ def ceph() -> Iterator[str]:
             for entry in page.get("Contents", []):
                 s3.delete_object(Bucket=bucket, Key=entry["Key"])
         s3.delete_bucket(Bucket=bucket)
+
+
+@pytest.fixture(scope="module")
+def user(ceph: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A user whose site's store is in Ceph and holds a small shapes corpus."""
+    folder = tmp_path_factory.mktemp("user")
+    keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    values = {**environment(ROOT, folder), **keys, "HPC_MM_STORE": ceph}
+    sizes = ["documents=60", "pairs=120", "heldout=8"]
+    subprocess.run([sys.executable, "data_prep/shapes.py", *sizes], env=values, cwd=ROOT, check=True)
+    return values

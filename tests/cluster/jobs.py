@@ -4,24 +4,25 @@ import subprocess
 import time
 from pathlib import Path
 
+from checkout import launch
+from runs import SMALL, lines
 
-def job_of(folder: Path) -> str:
-    return (folder / "submissions" / "001" / "job_id").read_text().strip()
+
+def job_of(folder: Path, submission: int = 1) -> str:
+    return (folder / "submissions" / f"{submission:03d}" / "job_id").read_text().strip()
 
 
-def start_now(job: str) -> None:
-    """Begin a requeued job at once; Slurm would hold it back for two minutes."""
-    for _ in range(120):
+def start_now(job: str, seconds: int = 60) -> None:
+    """Begin a job at once when it is requeued; Slurm would hold it back for two minutes."""
+    for _ in range(2 * seconds):
         state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
-        if (
-            state == "PENDING"
-            and not subprocess.run(
-                ["scontrol", "update", f"jobid={job}", "starttime=now"], capture_output=True
-            ).returncode
-        ):
-            return
+        if state == "PENDING":
+            break
         time.sleep(0.5)
-    raise AssertionError(f"job {job} does not come back into the queue: {state}")
+    else:
+        raise AssertionError(f"job {job} does not come back into the queue: {state}")
+    time.sleep(2)  # in the second in which its credential was revoked, a node refuses the job, which fails of that
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=True)
 
 
 def appears(file: Path, seconds: int = 120) -> None:
@@ -45,3 +46,30 @@ def wait(job: str, seconds: int = 120) -> str:
             return state[0]
         time.sleep(0.5)
     raise AssertionError(f"job {job} does not end")
+
+
+def submit(user: dict[str, str], name: str, *words: str) -> tuple[Path, str, str]:
+    """The run's folder, the job, and what the launcher said."""
+    small = [word for word in SMALL if word.partition("=")[0] not in {key.partition("=")[0] for key in words}]
+    result = launch(user, *small, "cluster=slurm", f"name={name}", *words)
+    assert result.returncode == 0, result.stderr
+    run = Path(user["HPC_MM_RUNS"]) / name
+    newest = max(int(path.parent.name) for path in run.glob("submissions/*/job_id"))
+    return run, job_of(run, newest), result.stdout
+
+
+def ends_well(run: Path, job: str) -> None:
+    state = wait(job, seconds=600)
+    logs = [*run.glob("submissions/*/*.log")]
+    assert state == "COMPLETED", "".join(log.read_text()[-2000:] for log in logs)
+
+
+def stepped(run: Path, step: int, seconds: int = 300) -> float:
+    """Wait until a step is recorded; when that was, in unix seconds."""
+    for _ in range(seconds * 20):
+        if (run / "metrics.jsonl").exists():
+            found = [line["time"] for line in lines(run) if line["step"] >= step]
+            if found:
+                return float(found[0])
+        time.sleep(0.05)
+    raise AssertionError(f"{run} does not come to step {step}")

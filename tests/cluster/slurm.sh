@@ -3,7 +3,8 @@
 #   tests/cluster/slurm.sh up | down | status
 # Everything it writes lies in HPC_MM_CLUSTER_DIR/slurm (default /var/tmp/hpc_mm-cluster/slurm), but for Slurm's fixed
 # places: /etc/slurm/{slurm,slurmdbd}.conf, munge's key, and a line `127.0.0.1 node1 ...` in /etc/hosts.
-# Partitions: main (no time limit) and short (10 minutes). Debian, root. A Slurm that runs already is left alone.
+# Partitions: main (no time limit), short (10 minutes) and urgent, whose jobs send those of the others back into the queue
+# after a minute's grace. Debian, root. A Slurm that runs already is left alone, but for an older one of this script.
 set -eu
 cd "$(dirname "$0")"
 source ./packages.sh
@@ -13,8 +14,8 @@ HOST=$(hostname)
 
 answers() { timeout 10 sinfo -h >/dev/null 2>&1; }
 
-write_config() {
-  cat >/etc/slurm/slurmdbd.conf <<C
+write_config() {  # into folder $1
+  cat >"$1/slurmdbd.conf" <<C
 # hpc_mm tests/cluster
 AuthType=auth/munge
 DbdHost=$HOST
@@ -29,8 +30,8 @@ StorageLoc=slurm_acct_db
 LogFile=$D/log/slurmdbd.log
 PidFile=$D/slurmdbd.pid
 C
-  chmod 600 /etc/slurm/slurmdbd.conf
-  cat >/etc/slurm/slurm.conf <<C
+  chmod 600 "$1/slurmdbd.conf"
+  cat >"$1/slurm.conf" <<C
 # hpc_mm tests/cluster
 ClusterName=hpcmm
 SlurmctldHost=$HOST(127.0.0.1)
@@ -58,8 +59,11 @@ SlurmdParameters=config_overrides
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=localhost
 NodeName=node[1-$NODES] NodeHostname=$HOST NodeAddr=127.0.0.1 Port=[17001-$((17000 + NODES))] CPUs=2 RealMemory=6000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-PartitionName=short Nodes=ALL MaxTime=00:10:00 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=short Nodes=ALL MaxTime=00:10:00 State=UP GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=00:10:00 State=UP PriorityTier=10
 C
 }
 
@@ -87,8 +91,17 @@ start_accounting() {
   sacctmgr -n show cluster | grep -q hpcmm || sacctmgr -i add cluster hpcmm >/dev/null
 }
 
+outdated() {  # whether the Slurm that runs is of this script and this folder, with another configuration
+  local new; new=$(mktemp -d)
+  write_config "$new"
+  grep -qx "StateSaveLocation=$D/state" /etc/slurm/slurm.conf && ! cmp -s "$new/slurm.conf" /etc/slurm/slurm.conf
+}
+
 up() {
-  if command -v sinfo >/dev/null && answers; then echo "Slurm runs already; left as it is"; return; fi
+  if command -v sinfo >/dev/null && answers; then
+    outdated || { echo "Slurm runs already; left as it is"; return; }
+    [ -z "$(squeue -h)" ] || { echo "Slurm runs with an older configuration, and has jobs: wait for them" >&2; exit 1; }
+  fi
   if [ -f /etc/slurm/slurm.conf ] && ! grep -q 'hpc_mm tests/cluster' /etc/slurm/slurm.conf; then
     echo "/etc/slurm/slurm.conf is not of this script: this machine belongs to another Slurm; left as it is" >&2; exit 1
   fi
@@ -99,7 +112,7 @@ up() {
   mkdir -p "$D"/{state,log,spool,mysql}
   chmod 755 "$D"
   grep -q ' node1\b' /etc/hosts || echo "127.0.0.1 $(seq -f 'node%g' -s ' ' $NODES)" >>/etc/hosts
-  write_config
+  write_config /etc/slurm
   start_munge
   start_accounting
   slurmctld
@@ -120,5 +133,5 @@ case ${1:-} in
   up) up ;;
   down) down ;;
   status) answers && sinfo || { echo "Slurm does not run"; exit 1; } ;;
-  *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -113,7 +113,7 @@ def test_a_stream_from_ceph_equals_the_one_from_a_folder(store: Store, tmp_path:
         source = Source(data=address, form="interleaved", batch=6, max_tokens=40, shuffle_shards=2)
         settings = Loader(workers=workers, reads=4)
         loader = make_loader(source, settings, 3, samples.word_tokenizer(), samples.SPEC, 0, 1, 1, 0, 5)
-        found.append([(batch.ids, batch.input_ids.tolist(), batch.images.sum().item()) for batch in loader])
+        found.append([(batch.ids, batch.input_ids.tolist(), batch.images.sum().item()) for (batch,) in loader])
     assert found[0] == found[1] == found[2]
 
 

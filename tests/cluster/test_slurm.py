@@ -1,9 +1,13 @@
 """The launcher on a real Slurm: what reaches the nodes, what is refused before the queue, what an edit changes."""
 
+import json
 import os
+import signal
 import subprocess
-import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkout import environment, facts, launch, make_checkout, make_store, write_train
@@ -104,7 +108,7 @@ def test_slurm_and_ours_agree_on_the_environment(user: dict[str, str], tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["slurm.partition=mian"], "unknown slurm.partition 'mian': did you mean main? known: main, short"),
+        (["slurm.partition=mian"], "unknown slurm.partition 'mian': did you mean main? known: main, short, urgent"),
         (
             ["slurm.partition=short", "slurm.time=1:00:00"],
             "slurm.time=1:00:00 is over the limit of partition short: 00:10:00",
@@ -142,12 +146,150 @@ def test_the_hand_written_script_runs_a_run_folder(user: dict[str, str], tmp_pat
     assert wait(job_of(run)) == "COMPLETED"
     for rank in range(2):
         (run / f"rank{rank}.json").unlink()
-    command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--mem=2G", f"--output={tmp_path}/hand.log"]
-    script = tmp_path / "checkout" / "sbatch" / "train.sbatch"
-    user["PATH"] = f"{Path(sys.executable).parent}:{user['PATH']}"  # as activating its environment does
-    job = subprocess.run([*command, str(script), str(run)], env=user, capture_output=True, text=True, check=True)
-    assert wait(job.stdout.strip()) == "COMPLETED", (tmp_path / "hand.log").read_text()
+    log, script = tmp_path / "hand.log", tmp_path / "checkout" / "sbatch" / "train.sbatch"
+    command = ["sbatch", "--parsable", "--cpus-per-task=1", "--mem=2G", f"--output={log}"]
+    job = subprocess.check_output([*command, "--nodes=2", str(script), str(run)], env=user, text=True)
+    assert wait(job.strip()) == "COMPLETED", log.read_text()
     assert [facts(run, rank)["SLURM_NODEID"] for rank in range(2)] == ["0", "1"]
+    job = subprocess.check_output([*command, "--nodes=1", str(script), str(run)], env=user, text=True)
+    assert wait(job.strip()) == "FAILED"
+    assert log.read_text() == "hpc_mm: this job has 1 nodes, the run 2: launch it with nodes=1 to change that\n"
+
+
+# ---------------------------------------------------------------- stopping and coming back
+
+Start = Callable[..., tuple[Path, str]]
+
+
+def attempts(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+
+
+def endings(run: Path) -> list[tuple[str, int, int]]:
+    """Of each attempt how it ended, where it began, and the newest checkpoint after it."""
+    return [(line["ending"], line["from"], line["newest"]) for line in attempts(run)]
+
+
+@pytest.fixture
+def start(user: dict[str, str], tmp_path: Path) -> Iterator[Start]:
+    """Starts a run on two nodes that trains until it is told to stop; gives its folder and its job."""
+    run = tmp_path / "runs" / "toy"
+
+    def start(*words: str) -> tuple[Path, str]:
+        result = launch({**user, "TEST_SLEEP": "600"}, "recipe=toy", "nodes=2", *words)
+        assert result.returncode == 0, result.stderr
+        return run, job_of(run)
+
+    yield start
+    subprocess.run(["scancel", "--quiet", job_of(run)], check=True)
+
+
+def ranks(run: Path) -> list[dict[str, Any]]:
+    """What both ranks note once they train. Their notes are gone then, so that the next attempt's are waited for."""
+    found = []
+    for rank in range(2):
+        appears(run / f"rank{rank}.json")
+        found.append(facts(run, rank))
+    for rank in range(2):
+        (run / f"rank{rank}.json").unlink()
+    return found
+
+
+def log_of(run: Path, job: str) -> str:
+    return (run / "submissions" / "001" / f"job-{job}.log").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero1", marks=pytest.mark.chaos)])
+def test_a_warned_job_saves_is_requeued_and_goes_on(start: Start, strategy: str) -> None:
+    run, job = start(f"strategy={strategy}", "slurm.time=60")
+    first = ranks(run)
+    unix = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
+    end = subprocess.check_output(["squeue", "-h", "-j", job, "-o", "%e"], env=unix, text=True)
+    assert [rank["end"] for rank in first] == [float(end)] * 2
+    told = time.time()
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    start_now(job)
+    second = ranks(run)
+    print(f"{strategy}: {second[0]['time'] - told:.1f} s from SIGUSR2 through the queue to a rank that trains again")
+    subprocess.run(["scancel", job], check=True)
+    assert wait(job).startswith("CANCELLED")
+    assert second[0]["first"] == 1
+    assert [rank["SLURM_RESTART_COUNT"] for rank in second] == ["1", "1"]
+    assert endings(run)[0] == ("warned", 0, 1) and len(attempts(run)) <= 2
+    assert "time is up; requeueing" in log_of(run, job)
+
+
+def test_a_preempted_job_saves_and_comes_back(start: Start) -> None:
+    run, job = start()
+    ranks(run)
+    urgent = ["sbatch", "--parsable", "-p", "urgent", "-N4", "--exclusive", "--mem=100M", "-o", "/dev/null"]
+    other = subprocess.check_output([*urgent, "--wrap", "sleep 5"], text=True).strip()
+    assert wait(other) == "COMPLETED"
+    start_now(job)
+    assert ranks(run)[0]["first"] == 1
+    subprocess.run(["scancel", job], check=True)
+    wait(job)
+    assert endings(run)[0] == ("ended", 0, 1)
+    assert "the job is preempted; requeueing" in log_of(run, job)
+
+
+@pytest.mark.chaos
+def test_what_is_killed_starts_again_in_place(start: Start) -> None:
+    run, job = start("strategy=ddp")
+    known = ranks(run)
+    for number, victim in enumerate(["rank", "agent", "step"]):
+        killed = time.time()
+        if victim == "step":
+            subprocess.run(["scancel", "--signal=KILL", f"{job}.{number}"], check=True)
+        else:
+            os.kill(known[1]["pid" if victim == "rank" else "parent"], signal.SIGKILL)
+        again = ranks(run)
+        seen = attempts(run)[-1]["time"]
+        print(f"kill -9 of a {victim}: {seen - killed:.1f} s to its end, {again[0]['time'] - seen:.1f} s to a new rank")
+        assert not any(Path(f"/proc/{rank['pid']}").exists() for rank in known)
+        known = again
+    subprocess.run(["scancel", "--signal=TERM", job], check=True)  # to the ranks alone
+    assert wait(job) == "FAILED"
+    assert [(begun, newest) for _, begun, newest in endings(run)] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert endings(run)[-1][0] == "ended"
+    assert log_of(run, job).count("starting again") == 3 and "it got SIGTERM" in log_of(run, job)
+
+
+@pytest.mark.chaos
+def test_a_lost_node_sends_the_job_back_into_the_queue(start: Start) -> None:
+    run, job = start()
+    node = ranks(run)[1]["SLURMD_NODENAME"]
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"], check=True)  # for a while
+    try:
+        start_now(job)
+        again = ranks(run)
+        subprocess.run(["scancel", job], check=True)
+        wait(job)
+    finally:
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True)
+        # (it says no where the node's own slurmd has been quicker)
+    assert again[0]["first"] == 1 and again[0]["SLURM_RESTART_COUNT"] == "1"
+    assert "DUE TO NODE FAILURE" in log_of(run, job)
+
+
+def test_a_cancelled_job_stays_cancelled(start: Start) -> None:
+    run, job = start()
+    ranks(run)
+    subprocess.run(["scancel", job], check=True)
+    assert wait(job).startswith("CANCELLED")
+    assert endings(run) == [("ended", 0, 1)]
+    assert "the job was cancelled" in log_of(run, job)
+
+
+def test_a_run_without_progress_stops_with_a_reason(user: dict[str, str], tmp_path: Path) -> None:
+    assert launch({**user, "TEST_FAILS": "0"}, "recipe=toy", "nodes=2").returncode == 0
+    run = tmp_path / "runs" / "toy"
+    job = job_of(run)
+    assert wait(job) == "FAILED"
+    assert endings(run) == [("crashed", 0, 0)] * 2
+    last = log_of(run, job).splitlines()[-1]
+    assert "newest checkpoint step 0: 2 attempts in a row made no checkpoint; its log: " in last
+    assert last.endswith(f"{run}/submissions/001/node*.log")
 
 
 def test_shards_and_tokenizer_in_ceph(user: dict[str, str], ceph: str, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from hpc_mm.data.batch import (
     collate,
     document_text,
     interleaved_labels,
+    normalised,
     plain,
     to_row,
     vocabulary,
@@ -95,7 +96,7 @@ def test_labels_of_padded_batches_equal_the_references(pad: str) -> None:
     for form, bodies in (("interleaved", documents), ("pairs", captions)):
         source = Source(data="x", form=form, batch=1, max_tokens=24)
         rows = [to_row(Sample(f"{i}", parts), source, tokenizer, SPEC, 0, 0) for i, parts in enumerate(bodies)]
-        batch = collate(rows, tokenizer.pad_token_id, SPEC)
+        batch = collate([[row] for row in rows], tokenizer.pad_token_id, SPEC)
         ours = batch.labels.clone()
         if form == "pairs" and pad == "</s>":
             ours[ours == tokenizer.eos_token_id] = IGNORED
@@ -305,17 +306,59 @@ def test_padding_that_is_the_end_token_does_not_hide_it() -> None:
 def test_collate_pads_on_the_right_and_keeps_images_in_row_order() -> None:
     first = row((image(1), Text("a red star"), image(2), Text("left")))
     second = row((Text("a"), image(3), Text("b"), BROKEN), sample_id="second")
-    batch = collate([first, second], WORDS.pad, SPEC, [("x", "gone")], [("y", "rule")])
+    batch = collate([[first], [second]], WORDS.pad, SPEC, [("x", "gone")], [("y", "rule")])
     assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (2, len(first.input_ids))
     short = len(second.input_ids)
     assert batch.input_ids[1, :short].tolist() == second.input_ids.tolist()
     assert (batch.input_ids[1, short:] == WORDS.pad).all() and (batch.labels[1, short:] == IGNORED).all()
-    assert batch.attention_mask.sum(1).tolist() == [len(first.input_ids), short]
+    assert batch.attention_mask.sum(1).tolist() == [len(first.input_ids), short] and batch.segments is None
     assert batch.image_counts.tolist() == [2, 1] and batch.ids == ["sample", "second"]
     assert batch.targets == sum(int((found.labels[1:] != IGNORED).sum()) for found in (first, second))
     assert batch.unreadable == [("x", "gone")] and batch.left_out == [("y", "rule")]
     assert [name for name, _ in batch.lost_images] == ["second"]
-    for found, number in zip(batch.images, (1, 2, 3), strict=True):
+    for found, number in zip(batch.to("cpu").images, (1, 2, 3), strict=True):
         pixels = torch.from_numpy(decode(image(number).data or b"", SPEC)).float() / 255
         expected = (pixels - torch.tensor(SPEC.mean)) / torch.tensor(SPEC.std)
-        torch.testing.assert_close(found.permute(1, 2, 0), expected)
+        assert torch.equal(found.permute(1, 2, 0), expected)
+
+
+def test_images_stay_bytes_until_they_are_moved() -> None:
+    batch = collate([[row((image(1), Text("a"), image(2), Text("b")), flip=1.0)]], WORDS.pad, SPEC)
+    assert batch.images.dtype == torch.uint8 and batch.images.shape == (2, 16, 16, 3)
+    moved = batch.to("cpu", torch.bfloat16)
+    assert moved.images.dtype == torch.bfloat16 and moved.images.shape == (2, 3, 16, 16)
+    assert torch.equal(moved.images, normalised(list(batch.images.numpy()), SPEC).bfloat16())
+    assert moved.input_ids.dtype == torch.int64 and moved.ids == batch.ids
+
+
+def test_samples_that_share_a_row_keep_their_tokens_labels_and_images() -> None:
+    alone = row((Text("a red star"),), min_images=0)  # all of it text, so its first token has a label
+    two = row((image(1), Text("left of the star"), image(2), Text("a")), sample_id="two")
+    one = row((image(3), Text("a")), form="pairs", sample_id="one")
+    batch = collate([[two, alone], [one]], WORDS.pad, SPEC)
+    lengths = [len(found.input_ids) for found in (two, alone, one)]
+    padding = sum(lengths[:2]) - lengths[2]
+    assert batch.ids == ["two", "sample", "one"] and batch.image_counts.tolist() == [2, 1]
+    assert batch.segments is not None
+    assert batch.segments[0].tolist() == [0] * lengths[0] + [1] * lengths[1]
+    assert batch.segments[1].tolist() == [0] * lengths[2] + [-1] * padding
+    assert batch.input_ids[0].tolist() == [*two.input_ids, *alone.input_ids]
+    assert batch.labels[0, lengths[0]] == IGNORED and alone.labels[0] != IGNORED
+    assert batch.labels[0, lengths[0] + 1 :].tolist() == alone.labels[1:].tolist()
+    assert batch.targets == sum(int((found.labels[1:] != IGNORED).sum()) for found in (two, alone, one))
+    for found, number in zip(batch.images, (1, 2, 3), strict=True):
+        assert np.array_equal(found, decode(image(number).data or b"", SPEC))
+
+
+@given(lengths=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_a_batch_counts_its_tokens(lengths: list[list[int]]) -> None:
+    rows = [[tokens(length) for length in row] for row in lengths]
+    batch = collate(rows, WORDS.pad, SPEC)
+    assert batch.tokens == sum(map(sum, lengths))
+    assert batch.padded_tokens == len(lengths) * max(map(sum, lengths))
+    assert batch.pairs == sum(length**2 for row in lengths for length in row)
+
+
+def tokens(length: int) -> Row:
+    ids = np.full(length, WORDS.eos)
+    return Row("sample", ids, ids, [], [])

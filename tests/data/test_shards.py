@@ -16,8 +16,8 @@ from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import (
     MANIFEST,
     BrokenShard,
-    ShardInfo,
     ShardReader,
+    Shards,
     ShardWriter,
     check_shards,
     corpus_digest,
@@ -170,13 +170,16 @@ def test_an_index_shorter_than_the_manifest_says_is_told(tmp_path: Path) -> None
 
 
 def test_a_corpus_is_known_by_its_names_and_counts() -> None:
-    shards = [ShardInfo("a.tar", 5, 100), ShardInfo("b.tar", 6, 100)]
-    digest = corpus_digest(shards)
-    assert digest == corpus_digest([ShardInfo("a.tar", 5, 999), shards[1]])
-    others = [shards[::-1], shards[:1], [ShardInfo("a.tar", 6, 100), ShardInfo("b.tar", 5, 100)]]
-    assert len({digest, *map(corpus_digest, others), corpus_digest([ShardInfo("c.tar", 5, 100), shards[1]])}) == 5
+    def digest(*shards: tuple[str, int, int]) -> str:
+        return corpus_digest(Shards(*zip(*shards, strict=True)))
+
+    first, second = ("a.tar", 5, 100), ("b.tar", 6, 100)
+    found = digest(first, second)
+    assert found == digest(("a.tar", 5, 999), second)
+    others = [(second, first), (first,), (("a.tar", 6, 100), ("b.tar", 5, 100)), (("c.tar", 5, 100), second)]
+    assert len({found, *(digest(*other) for other in others)}) == 5
     assert (
-        digest == "ba123b9ac985b2591af27d65f2ece80c3ceb8d0ea861bc664d93608a2c555676"
+        found == "ba123b9ac985b2591af27d65f2ece80c3ceb8d0ea861bc664d93608a2c555676"
     )  # checkpoints hold it: it must not change
 
 

@@ -218,6 +218,26 @@ def test_what_only_the_user_can_help_is_asked_once(
     assert faulty.seen == 1
 
 
+def test_an_address_whose_credentials_ended_is_signed_anew(faulty: ThreadingHTTPServer) -> None:
+    good = answer(206, b"abcde")
+    faulty.answers = [good, answer(403, error("InvalidAccessKeyId")), good, good]
+    store = open_store("s3://bucket")
+    assert [store.read("key", 0, 5) for _ in range(3)] == [b"abcde"] * 3
+    assert faulty.seen == 4
+
+
+def test_no_signature_stands_in_a_message(monkeypatch: pytest.MonkeyPatch, faulty: ThreadingHTTPServer) -> None:
+    faulty.answers = [answer(206, b"abcde")]
+    store = open_store("s3://bucket")
+    store.read("key", 0, 5)
+    faulty.shutdown()
+    faulty.server_close()
+    store.deadline = 0.3
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1") as found:
+        store.read("key", 0, 5)
+    assert "X-Amz" not in str(found.value)
+
+
 def test_an_absent_object_is_asked_once(faulty: ThreadingHTTPServer) -> None:
     faulty.answers = [answer(404, error("NoSuchKey"))]
     with pytest.raises(MissingKey, match="key: not in s3://bucket"):

@@ -2,9 +2,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import tracemalloc
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from hpc_mm.config import ConfigError, Loader, Source
+from hpc_mm.config import IMAGE_TOKEN, ConfigError, Loader, Source
 from hpc_mm.data.batch import Batch
 from hpc_mm.data.schema import Image, Sample, Text
-from hpc_mm.data.shards import ShardInfo, ShardWriter, corpus_digest, read_manifest
+from hpc_mm.data.shards import ShardReader, ShardWriter, corpus_digest, read_manifest
 from hpc_mm.data.store import open_store
-from hpc_mm.data.stream import MicroBatches, Order, Place, make_loader, positions
+from hpc_mm.data.stream import Order, Place, Steps, make_loader, samples_before
+
+TOKENIZER = samples.word_tokenizer()
+IMAGE = TOKENIZER.convert_tokens_to_ids(IMAGE_TOKEN)
+Row = tuple[str, list[int], list[int], bytes]  # id, tokens, labels, pixels
 
 sizes = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
 seeds = st.integers(0, 2**32)
 
 
 def order(shards: list[int], seed: int = 0, window: int = 3) -> Order:
-    return Order([ShardInfo(f"{i:06d}.tar", size, 0) for i, size in enumerate(shards)], seed, window)
+    return Order(shards, seed, window)
 
 
 # ---------------------------------------------------------------- the order
@@ -80,9 +86,9 @@ def test_the_order_never_changes_with_versions() -> None:
 
 def test_memory_does_not_grow_with_samples() -> None:
     """A billion samples in 100,000 shards: O(shards), not O(samples)."""
-    shards = [ShardInfo(f"{i}", 10_000, 0) for i in range(100_000)]
+    shards = [10_000] * 100_000
     tracemalloc.start()
-    found = Order(shards, seed=0, window=16)
+    found = order(shards, window=16)
     for position in np.linspace(0, 3 * 10**9 - 1, 20).astype(int):
         found.locate(int(position))
     _, peak = tracemalloc.get_traced_memory()
@@ -95,21 +101,22 @@ def test_shards_without_samples_make_no_stream() -> None:
         order([0, 0])
 
 
-@given(
-    share=st.integers(1, 4),
-    world=st.sampled_from([1, 2, 3, 4, 8]),
-    accumulate=st.sampled_from([1, 2, 3]),
-    step=st.integers(0, 10**6),
-)
-def test_ranks_and_micro_steps_split_a_step_in_order(share: int, world: int, accumulate: int, step: int) -> None:
-    batch = share * world * accumulate
-    found = [
-        position
-        for micro_step in range(step * accumulate, (step + 1) * accumulate)
-        for rank in range(world)
-        for position in positions(micro_step, batch, accumulate, rank, world)
+changes = st.dictionaries(st.integers(1, 300), st.integers(0, 9), max_size=4)
+
+
+@given(batch=st.integers(1, 9), batch_from=changes, step=st.integers(0, 400))
+def test_steps_follow_one_another_whatever_their_sizes(batch: int, batch_from: dict[int, int], step: int) -> None:
+    found = source("x", batch=batch, batch_from=batch_from)
+    sizes = [
+        batch_from[max(s for s in batch_from if s <= at)] if any(s <= at for s in batch_from) else batch
+        for at in range(step)
     ]
-    assert found == list(range(step * batch, (step + 1) * batch))
+    assert samples_before(found, step) == sum(sizes)
+
+
+def test_a_place_far_away_is_exact_and_found_at_once() -> None:
+    found = source("x", batch=4097, batch_from={10**6: 8191, 2 * 10**6: 0, 3 * 10**6: 3})
+    assert samples_before(found, 10**15) == 4097 * 10**6 + 8191 * 10**6 + 3 * (10**15 - 3 * 10**6)
 
 
 # ---------------------------------------------------------------- the loader
@@ -126,6 +133,16 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """10 image-caption pairs in several shards."""
+    folder = str(tmp_path_factory.mktemp("pairs"))
+    with ShardWriter(open_store(folder), "pairs", max_bytes=12_000) as writer:
+        for number in range(10):
+            writer.add(samples.pair(number))
+    return folder
+
+
 def source(data: str, **more: Any) -> Source:
     values = {"form": "interleaved", "batch": 12, "max_tokens": 40, "shuffle_shards": 2, "flip": 0.5}
     return Source(data=data, **{**values, **more})
@@ -133,47 +150,55 @@ def source(data: str, **more: Any) -> Source:
 
 def loader(
     data: Source, rank: int = 0, world: int = 1, accumulate: int = 1, steps: tuple[int, int] = (0, 4), **settings: Any
-) -> DataLoader[Batch]:
+) -> DataLoader[list[Batch]]:
     reading = Loader(**{"workers": 0, "reads": 3, "prefetch": 2, **settings})
-    return make_loader(data, reading, 7, samples.word_tokenizer(), samples.SPEC, rank, world, accumulate, *steps)
+    return make_loader(data, reading, 7, TOKENIZER, samples.SPEC, rank, world, accumulate, *steps)
 
 
-def rows(batch: Batch) -> list[tuple[str, list[int], list[int], bytes]]:
-    """Everything of every row, without its padding."""
-    found, first = [], 0
-    for i, name in enumerate(batch.ids):
-        length, count = int(batch.attention_mask[i].sum()), int(batch.image_counts[i])
-        pixels = batch.images[first : first + count].numpy().tobytes()
-        found.append((name, batch.input_ids[i, :length].tolist(), batch.labels[i, :length].tolist(), pixels))
-        first += count
-    assert first == len(batch.images)
+def rows(batches: list[Batch]) -> list[Row]:
+    """Everything of every sample of a rank's step, without its padding and whatever row it is in."""
+    found = []
+    for batch in batches:
+        names, images = iter(batch.ids), iter(batch.images.numpy())
+        segments = batch.attention_mask - 1 if batch.segments is None else batch.segments
+        for i in range(len(batch.ids) and len(segments)):
+            for segment in range(int(segments[i].max()) + 1):
+                here = segments[i] == segment
+                ids, labels = batch.input_ids[i][here], batch.labels[i][here]
+                pixels = b"".join(next(images).tobytes() for _ in range(int((ids == IMAGE).sum())))
+                found.append((next(names), ids.tolist(), labels.tolist(), pixels))
+        assert not list(names) and not list(images)
     return found
 
 
-def steps_of(data: Source, world: int, accumulate: int, steps: tuple[int, int], **settings: Any) -> list[list[Any]]:
+def steps_of(data: Source, world: int, accumulate: int, steps: tuple[int, int], **settings: Any) -> list[list[Row]]:
     """The rows of every optimizer step in the global order."""
     ranks = [list(loader(data, rank, world, accumulate, steps, **settings)) for rank in range(world)]
-    return [
-        [
-            row
-            for micro_step in range(step * accumulate, (step + 1) * accumulate)
-            for rank in range(world)
-            for row in rows(ranks[rank][micro_step])
-        ]
-        for step in range(steps[1] - steps[0])
-    ]
+    for found in ranks:
+        assert [len(batches) for batches in found] == [accumulate] * (steps[1] - steps[0])
+    return [[row for batches in step for row in rows(batches)] for step in zip(*ranks, strict=True)]
 
 
 @settings(max_examples=12)
-@given(
-    split=st.sampled_from([(1, 2), (1, 12), (2, 1), (2, 3), (3, 1), (3, 2), (4, 1), (4, 3), (6, 2), (12, 1)]),
-    first=st.integers(0, 5),
-)
-def test_a_step_is_the_same_rows_for_any_split_and_restart(documents: str, split: tuple[int, int], first: int) -> None:
+@given(world=st.integers(1, 13), accumulate=st.integers(1, 3), first=st.integers(0, 5))
+def test_a_step_is_the_same_rows_for_any_split_and_restart(
+    documents: str, world: int, accumulate: int, first: int
+) -> None:
     """17 samples in batches of 12: an epoch ends inside a step. Rows are equal to the last pixel."""
     data = source(documents)
     whole = steps_of(data, 1, 1, (0, 6))
-    assert steps_of(data, *split, (first, 6)) == whole[first:]
+    assert steps_of(data, world, accumulate, (first, 6)) == whole[first:]
+
+
+def test_a_stream_is_its_order_without_gaps(documents: str) -> None:
+    data = source(documents, batch=5, batch_from={3: 0, 5: 11})
+    store = open_store(documents)
+    reader, shards = ShardReader(store), read_manifest(store)
+    places = Order(shards.samples, 7, data.shuffle_shards)
+    expected = [reader.read(shards.names[at.shard], at.sample).id for at in map(places.locate, range(15 + 44))]
+    found = steps_of(data, 3, 2, (0, 9))
+    assert [len(step) for step in found] == [5] * 3 + [0] * 2 + [11] * 4
+    assert [row[0] for step in found for row in step] == expected
 
 
 def test_epochs_hold_every_sample_once_through_the_loader(documents: str) -> None:
@@ -200,17 +225,14 @@ def test_flips_differ_by_epoch_and_not_by_split(documents: str) -> None:
     assert len({row for step in unflipped for row in map(repr, step)}) == 17
 
 
-def test_two_sources_do_not_disturb_each_other(documents: str, tmp_path: Path) -> None:
-    with ShardWriter(open_store(str(tmp_path)), "pairs", max_bytes=12_000) as writer:
-        for number in range(10):
-            writer.add(samples.pair(number))
-    pairs = source(str(tmp_path), form="pairs", batch=5)
-    alone = [rows(batch) for batch in loader(source(documents))], [rows(batch) for batch in loader(pairs)]
-    together = [(rows(one), rows(two)) for one, two in zip(loader(source(documents)), loader(pairs), strict=True)]
-    assert (together) == list(zip(*alone, strict=True))
+def test_two_sources_do_not_disturb_each_other(documents: str, pairs: str) -> None:
+    sources = source(documents), source(pairs, form="pairs", batch=5)
+    alone = [list(map(rows, loader(one))) for one in sources]
+    together = [(rows(one), rows(two)) for one, two in zip(*map(loader, sources), strict=True)]
+    assert together == list(zip(*alone, strict=True))
 
 
-def spawned(dataset: MicroBatches, queue: Any) -> None:
+def spawned(dataset: Steps, queue: Any) -> None:
     queue.put([rows(dataset[i]) for i in range(3)])
 
 
@@ -240,6 +262,58 @@ def test_a_cache_folder_changes_nothing_and_serves_again(documents: str, tmp_pat
             os.rename(Path(documents, shard.name + ".away"), Path(documents, shard.name))
 
 
+# ---------------------------------------------------------------- coming back
+
+WORLDS, WORKERS, PACKING = (1, 2, 3, 4, 8), (0, 1, 2, 5), (0, 64)
+STOPS = 200
+
+
+def blend(documents: str, pairs: str, pack_tokens: int) -> list[Source]:
+    """Three sources of other sizes and forms, one of which pauses and grows."""
+    return [
+        source(documents, batch=8, drop_single_image=0.5, pack_tokens=pack_tokens),
+        source(documents, batch=5, batch_from={9: 2, 120: 0, 140: 9}, shuffle_shards=5, pack_tokens=pack_tokens),
+        source(pairs, batch=4, form="pairs", pack_tokens=pack_tokens, pack_images=7),
+    ]
+
+
+def assert_undisturbed(ranks: list[list[Row]], expected: list[Row], stream_order: bool) -> None:
+    """The rows of one step, rank after rank; a rank that packs or sorts has its run of the stream in another order."""
+    done = 0
+    for found in ranks:
+        run = expected[done : done + len(found)]
+        assert found == run if stream_order else sorted(found) == sorted(run)
+        done += len(found)
+    assert done == len(expected)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_200_stops_change_nothing(documents: str, pairs: str) -> None:
+    """A run is stopped 200 times, after a step or two each, and goes on with other ranks, workers and micro-steps.
+
+    Every (world, workers) is met with its worker processes, which have read ahead when they are stopped. They are slow
+    to start, so there packing alternates, such that every world and every number of workers is met with and without.
+    """
+    draw = random.Random(0)
+    splits = [
+        (world, workers, PACKING[(i + j) % 2]) for i, world in enumerate(WORLDS) for j, workers in enumerate(WORKERS)
+    ]
+    splits += [(draw.choice(WORLDS), 0, draw.choice(PACKING)) for _ in range(STOPS + 1 - len(splits))]
+    draw.shuffle(splits)
+    counts = [draw.randint(1, 2) for _ in splits]
+    last = sum(counts)
+    whole = [steps_of(one, 1, 1, (0, last)) for one in blend(documents, pairs, pack_tokens=0)]
+    step = 0
+    for (world, workers, pack_tokens), count in zip(splits, counts, strict=True):
+        accumulate, by_length, end = draw.randint(1, 3), draw.random() < 0.3, min(step + count + 2, last)
+        options = {"workers": workers, "by_length": by_length, "prefetch": 1}
+        for one, expected in zip(blend(documents, pairs, pack_tokens), whole, strict=True):
+            ranks = [loader(one, rank, world, accumulate, (step, end), **options) for rank in range(world)]
+            for place, found in enumerate(islice(zip(*ranks, strict=True), count), start=step):
+                assert_undisturbed(list(map(rows, found)), expected[place], not (pack_tokens or by_length))
+        step += count
+
+
 # ---------------------------------------------------------------- what cannot be read
 
 
@@ -252,9 +326,10 @@ def test_unreadable_samples_leave_their_places_empty(tmp_path: Path) -> None:
     (tmp_path / "pairs-000003.tar.index.json").write_text("{")
     (tmp_path / "pairs-000004.tar").write_bytes(bytes(10_000))
     for workers in (0, 2):
-        batches = list(loader(source(str(tmp_path), form="pairs", batch=6), steps=(0, 2), workers=workers))
-        for batch in batches:
-            assert sorted(batch.ids) == ["pair00000", "pair00005"] and batch.input_ids.shape[0] == 2
+        found = list(loader(source(str(tmp_path), form="pairs", batch=6), steps=(0, 2), accumulate=2, workers=workers))
+        for batch, other in found:
+            assert sorted(batch.ids + other.ids) == ["pair00000", "pair00005"] and len(batch.ids) == 1
+            assert not other.unreadable  # all of a step's are with its first micro-batch
             reasons = dict(batch.unreadable)
             assert set(reasons) == {"broken", *(f"pairs-00000{i}.tar:0" for i in (2, 3, 4))}
             assert "image 0" in reasons["broken"]
@@ -270,14 +345,14 @@ def test_an_index_with_fewer_samples_than_the_manifest_leaves_places_empty(tmp_p
                 writer.add(samples.pair(number))
     name = "pairs-000000.tar.index.json"
     (tmp_path / "4" / name).write_bytes((tmp_path / "3" / name).read_bytes())
-    (batch,) = loader(source(str(tmp_path / "4"), form="pairs", batch=4), steps=(0, 1))
+    ((batch,),) = loader(source(str(tmp_path / "4"), form="pairs", batch=4), steps=(0, 1))
     assert len(batch.ids) == 3
     assert [place for place, _ in batch.unreadable] == ["pairs-000000.tar:3"]
 
 
 def test_a_stream_knows_its_corpus(documents: str) -> None:
     dataset = loader(source(documents)).dataset
-    assert isinstance(dataset, MicroBatches)
+    assert isinstance(dataset, Steps)
     assert dataset.corpus == corpus_digest(read_manifest(open_store(documents)))
 
 
@@ -285,11 +360,17 @@ def test_a_rank_without_any_row_still_has_a_batch(tmp_path: Path) -> None:
     with ShardWriter(open_store(str(tmp_path)), "texts") as writer:
         for number in range(4):
             writer.add(Sample(f"text{number}", (Text("a circle"),)))
-    (batch,) = loader(source(str(tmp_path), batch=4), steps=(0, 1))
+    ((batch,),) = loader(source(str(tmp_path), batch=4), steps=(0, 1))
     assert batch.ids == [] and batch.targets == 0
     assert sorted(batch.left_out) == [(f"text{number}", "0 images (min_images)") for number in range(4)]
     assert batch.input_ids.shape == batch.attention_mask.shape == (1, 1)
-    assert batch.images.shape == (0, 3, 16, 16) and batch.image_counts.tolist() == [0]
+    assert batch.image_counts.tolist() == [0] and batch.to("cpu").images.shape == (0, 3, 16, 16)
+
+
+def test_more_ranks_than_samples_leave_some_with_nothing(documents: str) -> None:
+    data = source(documents, batch=1, batch_from={1: 3, 2: 0})
+    found = [[[len(batch.ids) for batch in step] for step in loader(data, rank, 4, 2, (0, 3))] for rank in range(4)]
+    assert found == [[[0, 0], [0, 0], [0, 0]], *[[[0, 0], [0, 1], [0, 0]]] * 2, [[0, 1], [0, 1], [0, 0]]]
 
 
 def test_a_user_error_in_a_worker_is_raised(documents: str) -> None:
@@ -297,18 +378,19 @@ def test_a_user_error_in_a_worker_is_raised(documents: str) -> None:
         list(loader(source(documents, min_similarity=0.2), workers=1))
 
 
-def test_a_loader_over_nothing_is_refused_at_once(tmp_path: Path, documents: str) -> None:
+def test_a_loader_over_nothing_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no folder"):
         loader(source(str(tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match=r"index.json is missing"):
         loader(source(str(tmp_path)))
-    with pytest.raises(ConfigError, match="batch=12 cannot be divided over 5 ranks x 1 micro-steps"):
-        loader(source(documents), world=5)
 
 
-def test_batches_can_be_moved(documents: str) -> None:
-    (batch,) = loader(source(documents), steps=(0, 1))
-    moved = batch.to("cpu", torch.bfloat16)
-    assert moved.images.dtype == torch.bfloat16 and moved.input_ids.dtype == torch.int64
-    torch.testing.assert_close(moved.images.float(), batch.images, atol=0.02, rtol=0.01)
-    assert moved.ids == batch.ids
+@pytest.mark.parametrize("layout", [{}, {"pack_tokens": 40}])
+def test_page_locking_reaches_every_tensor(documents: str, layout: dict[str, int], monkeypatch: Any) -> None:
+    """What DataLoader does beside a GPU; without one, Tensor.pin_memory is replaced by a copy."""
+    ((batch,),) = loader(source(documents, **layout), steps=(0, 1))
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(id(tensor)) or tensor.clone())
+    (found,) = pin_memory([batch])
+    assert isinstance(found, Batch) and rows([found]) == rows([batch])
+    assert sorted(pinned) == sorted(id(value) for value in vars(batch).values() if isinstance(value, torch.Tensor))

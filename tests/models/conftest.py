@@ -27,7 +27,12 @@ def make(tokenizer_file: str) -> Callable[..., FlamingoModel]:
     """Builds a small Flamingo on one family; gates are opened, unless told not to, so that images matter."""
 
     def make(
-        family: str = "llama", seed: int = 0, tokens: str = "before_ln_post", opened: bool = True, **config: Any
+        family: str = "llama",
+        seed: int = 0,
+        tokens: str = "before_ln_post",
+        opened: bool = True,
+        precision: str = "fp32",
+        **config: Any,
     ) -> FlamingoModel:
         extra = config.pop("architecture", {})
         language = Language(
@@ -35,7 +40,7 @@ def make(tokenizer_file: str) -> Callable[..., FlamingoModel]:
         )
         vision = Vision(architecture=TOWER, tokens=tokens)
         sizes = {"cross_attn_every_n_layers": 2, "resampler_depth": 2, "resampler_latents": 4, **config}
-        model = build(Flamingo(vision=vision, language=language, **sizes), load_tokenizer(language), seed)
+        model = build(Flamingo(vision=vision, language=language, **sizes), load_tokenizer(language), seed, precision)
         if opened:
             open_gates(model)
         return model

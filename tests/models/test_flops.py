@@ -35,7 +35,15 @@ def test_padding_is_no_work(make: Callable[..., FlamingoModel]) -> None:
     ids = torch.randint(1, WORDS, (2, 32))
     mask = (torch.arange(32) < torch.tensor([[32], [8]])).long()
     batch = Batch(
-        ids, mask, ids.where(mask.bool(), -100), torch.zeros(1, 3, 16, 16), torch.tensor([1, 0]), ["a"], [], []
+        input_ids=ids,
+        attention_mask=mask,
+        labels=ids.where(mask.bool(), -100),
+        images=torch.zeros(1, 16, 16, 3, dtype=torch.uint8),
+        image_counts=torch.tensor([1, 0]),
+        spec=model.image_spec,
+        ids=["a"],
+        unreadable=[],
+        left_out=[],
     )
     found = dict(zip(COUNTS, count(model, [{"pairs": batch}])[0].tolist(), strict=True))
     assert (found["tokens"], found["padded_tokens"], found["targets"]) == (40, 64, 38)

@@ -1,6 +1,7 @@
 import torch
 from torch.nn import functional
 
+from hpc_mm.config import ImageSpec
 from hpc_mm.data.batch import Batch
 from hpc_mm.objectives.next_token import next_token
 
@@ -13,9 +14,8 @@ class Uniform(torch.nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.table = torch.nn.Parameter(torch.randn(vocabulary, vocabulary, generator=generator))
 
-    def forward(self, input_ids, attention_mask, images, image_counts, positions=None):
-        logits = self.table[input_ids]
-        return logits if positions is None else logits[positions]
+    def forward(self, input_ids, attention_mask, images, image_counts, positions, segments, targets):
+        return functional.cross_entropy(self.table[input_ids][positions], targets, reduction="sum")
 
 
 def batch(ids: list[list[int]], labels: list[list[int]]) -> Batch:
@@ -24,7 +24,8 @@ def batch(ids: list[list[int]], labels: list[list[int]]) -> Batch:
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
         labels=torch.tensor(labels),
-        images=torch.zeros(0, 3, 4, 4),
+        images=torch.zeros(0, 4, 4, 3, dtype=torch.uint8),
+        spec=ImageSpec(4, (0.5,) * 3, (0.5,) * 3),
         image_counts=torch.zeros(len(ids), dtype=torch.int64),
         ids=[str(row) for row in range(len(ids))],
         unreadable=[],

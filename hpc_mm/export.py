@@ -1,0 +1,72 @@
+"""``python -m hpc_mm.export run=runs/toy out=FOLDER``: a checkpoint's trained weights as one safetensors folder.
+
+The folder holds ``model.safetensors`` (in several files with an index above 5 GB) with every trained parameter by its
+name in the model, ``run.json``, and the run's tokenizer where it has one of its own. Frozen weights are those of the
+models that run.json names. ``model.weights=FOLDER`` starts another run from it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from hpc_mm import checkpoint
+from hpc_mm.config import ConfigError, Part, parse_arguments, read_run, with_overrides
+
+
+class Export(Part):
+    run: str = Field("", description="folder of the run")
+    out: str = Field("", description="folder to write; it must not exist")
+    step: str = Field("latest", description="step of a checkpoint, or latest")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the weights in the file")
+
+
+def export(options: Export) -> Path:
+    """Write the folder, whole or not at all; the checkpoint that it was made from."""
+    import torch
+    from huggingface_hub import save_torch_state_dict
+
+    folder, out = Path(options.run), Path(options.out)
+    run = read_run(folder)
+    if out.exists():
+        raise ConfigError(f"out={options.out}: it exists; name a folder that does not")
+    found = checkpoint.chosen(folder, options.step)
+    weights = checkpoint.read_weights(found)
+    if options.precision == "bf16":
+        weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        save_torch_state_dict(weights, aside)
+        (aside / "run.json").write_text(run.model_dump_json(indent=2))
+        if (folder / "tokenizer.json").exists():
+            shutil.copy2(folder / "tokenizer.json", aside)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code: 0, or 2 for a user's mistake, told in one line on stderr."""
+    try:
+        options: Export = with_overrides(Export(), parse_arguments(arguments))
+        for key in ("run", "out"):
+            if not getattr(options, key):
+                raise ConfigError(f"{key}=FOLDER is missing: {Export.model_fields[key].description}")
+        found = export(options)
+    except (ConfigError, OSError) as error:
+        print(f"hpc_mm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{found} -> {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,29 @@
+"""The measurements beside open_flamingo run from end to end; at this size their numbers say nothing."""
+
+import subprocess
+import sys
+
+import torch
+from checkout import ROOT
+
+
+def output(*words: str) -> str:
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    return ended.stdout
+
+
+def test_training_step() -> None:
+    """Ends with an error where the losses of the two sides differ."""
+    assert output("benchmarks/training_step.py", "size=tiny").count("times open_flamingo") == 2
+
+
+def test_gpu_on_a_cpu() -> None:
+    found = output("benchmarks/gpu.py", "device=cpu", "size=tiny")
+    for word in ("parity in bf16", "hpc_mm, packed rows", "times open_flamingo", "loader:", "times what tiny takes"):
+        assert word in found
+
+
+def test_without_a_gpu_nothing_is_measured() -> None:
+    if not torch.cuda.is_available():
+        assert output("benchmarks/gpu.py") == "no GPU here: nothing was measured\n"
