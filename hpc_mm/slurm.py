@@ -15,6 +15,7 @@ from hpc_mm.site import SBATCH_VARIABLES
 DECIDED_HERE = {"SBATCH_JOB_NAME", "SBATCH_GPUS_PER_NODE", "SBATCH_OUTPUT", "SBATCH_ERROR", "SBATCH_OPEN_MODE"}
 # Of the job that a launch may be part of itself: a job must not inherit another's shape.
 INHERITED = re.compile(r"(SLURM|SLURMD|SRUN)_|(MASTER_ADDR|MASTER_PORT|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE)$")
+LEAST_MINUTES = 3  # a start, a step, and what deadline.py keeps for a save that it has not measured yet
 KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
 
@@ -38,6 +39,8 @@ def check(run: Run, script: str) -> None:
     """Refuse what the cluster could never start: partition, time limit, nodes, GPUs, and all that sbatch checks."""
     if not is_here():
         raise ConfigError("cluster=slurm: sbatch is not on PATH; cluster=local runs here, cluster=print shows the job")
+    if 0 < minutes(run.slurm.time) < LEAST_MINUTES:  # 0 is Slurm's word for no limit
+        raise ConfigError(f"slurm.time={run.slurm.time} leaves no time to save: {LEAST_MINUTES} minutes are the least")
     partitions = _partitions()
     names = (
         run.slurm.partition.split(",")
