@@ -18,6 +18,7 @@ from streaming.base.shuffle import get_shuffle
 from torchvision.transforms.functional import center_crop, resize, to_tensor
 
 NODES, RANKS, WORKERS, BATCH = 1, 8, 8, 64  # of the plan
+BLOCK = 4_000_000  # samples that are shuffled together: the default of py1e on one node
 
 
 def plan(values: dict[str, str]) -> dict[str, float]:
@@ -26,8 +27,8 @@ def plan(values: dict[str, str]) -> dict[str, float]:
     total = int(sizes.sum())
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     started = time.perf_counter()
-    parts = get_partitions("relaxed", total, 64, NODES, RANKS, WORKERS, BATCH, 0, NODES)
-    shuffle = get_shuffle("py1e", sizes, 64, 9176, 0, 1 << 18)
+    parts = get_partitions("relaxed", total, NODES, NODES, RANKS, WORKERS, BATCH, 0, NODES)
+    shuffle = get_shuffle("py1e", sizes, NODES, 9176, 0, BLOCK)
     order = np.where(parts != -1, shuffle[parts], -1)
     assert order.size >= total
     seconds = time.perf_counter() - started

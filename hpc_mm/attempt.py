@@ -28,8 +28,8 @@ def prepare(run_folder: Path, before: dict[str, Any]) -> None:
 
 
 def begin(run_folder: Path, step: int) -> None:
-    """Note that training goes on from ``step``."""
-    _write(run_folder, {"before": read(run_folder).get("before", {}), "from": step})
+    """Note that training goes on from ``step``, if no rank has been refused before."""
+    _write(run_folder, {**read(run_folder), "from": step})
 
 
 def end(run_folder: Path, ending: str, step: int, reason: str = "") -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 LATEST = "latest"
 CHUNK = 16 * 2**20  # bytes that are written and digested at a time
 
@@ -56,11 +57,8 @@ def step_of(checkpoint: Path) -> int:
 
 def finished(run_folder: Path) -> list[Path]:
     """Checkpoints that were marked whole, oldest first."""
-    return sorted(path.parent for path in run_folder.glob(f"checkpoints/step-*/{MANIFEST}") if not _partial(path))
-
-
-def _partial(manifest: Path) -> bool:
-    return manifest.parent.name.endswith(PARTIAL)
+    found = (path.parent for path in run_folder.glob(f"checkpoints/step-*/{MANIFEST}"))
+    return sorted(path for path in found if path.name.removeprefix("step-").isdigit())
 
 
 def newest(run_folder: Path) -> Path | None:
@@ -74,7 +72,7 @@ def newest(run_folder: Path) -> Path | None:
 
 
 def chosen(run_folder: Path, step: str) -> Path:
-    """The checkpoint of a step, or the newest whole one for ``latest``. ConfigError where there is none."""
+    """The checkpoint of a step, or the newest whole one for ``latest``. ConfigError where none is whole."""
     from hpc_mm.config import ConfigError, unknown  # not above: the supervisor runs on a bare Python
 
     if step == LATEST:
@@ -85,6 +83,9 @@ def chosen(run_folder: Path, step: str) -> Path:
     whole = {str(step_of(path)): path for path in finished(run_folder)}
     if step not in whole:
         raise unknown(f"step in {run_folder}", step, [LATEST, *whole])
+    problem = damage(whole[step])
+    if problem is not None:
+        raise ConfigError(f"checkpoint {whole[step]} is damaged: {problem}")
     return whole[step]
 
 
@@ -99,16 +100,18 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, expected in list(manifest.items())[share::shares]:
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if digest(file) != expected["blake2b"]:
-            return f"{name} has other bytes than were written"
+        if PROGRESS not in manifest or len(manifest) < 2:
+            return f"{MANIFEST} names no files"
+        for name, expected in list(manifest.items())[share::shares]:
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+            if digest(file) != expected["blake2b"]:
+                return f"{name} has other bytes than were written"
+    except (OSError, ValueError) as error:  # a disk that cannot read it, too
+        return f"{getattr(error, 'filename', None) or MANIFEST}: {error}"
     return None
 
 
@@ -182,13 +185,13 @@ class Saver:
         writing, self.writing = self.writing, None
         assert writing is not None
         writing.join()
-        if writing.bug is not None:
-            raise writing.bug
         manifest: dict[str, Any] = {}
         problems = []
         for facts, problem in gather_object([(writing.facts, writing.problem)]):
             manifest.update(facts)
             problems += [problem] if problem else []
+        if writing.bug is not None:  # only here, where no rank waits for this one any more
+            raise writing.bug
         partial = writing.file.parent
         final = partial.with_name(partial.name.removesuffix(PARTIAL))
         problem = min(problems, default=None)
@@ -211,7 +214,8 @@ class Saver:
             return str(error)
         if self.removing is not None:
             self.removing.join()
-        self.removing = threading.Thread(target=prune, args=(self.run_folder, self.keep, self.keep_every))
+        arguments = (self.run_folder, self.keep, self.keep_every)
+        self.removing = threading.Thread(target=prune, args=arguments, daemon=True)  # it may be cut off at any time
         self.removing.start()  # deleting hundreds of GB takes a while, too
         return None
 
@@ -220,7 +224,7 @@ class Writing(threading.Thread):
     """One rank's file on its way to the disk: flushed, with its digest. A full disk is a problem, not an error."""
 
     def __init__(self, file: Path, head: bytes, memory: Tensor, progress: str | None, started: float) -> None:
-        super().__init__(name="checkpoint")
+        super().__init__(name="checkpoint", daemon=True)  # a rank that fails must not wait for its disk
         self.file, self.head, self.memory, self.progress, self.started = file, head, memory, progress, started
         self.facts: dict[str, Any] = {}  # file name -> bytes, blake2b
         self.problem: str | None = None
@@ -237,7 +241,7 @@ class Writing(threading.Thread):
             self.problem = f"{self.file}: {error.strerror or error}"
             self.file.unlink(missing_ok=True)  # at once: it fills the disk
         except BaseException as error:  # raised again where all ranks meet
-            self.bug = error
+            self.bug, self.problem = error, f"{self.file}: {type(error).__name__}: {error}"
 
     def _write(self, file: Path, blocks: Iterable[bytes | memoryview]) -> None:
         found = _hash()
@@ -278,13 +282,13 @@ def _flush(path: Path) -> None:
 
 
 def prune(run_folder: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove all but the ``keep`` newest, those of every ``keep_every``-th step, and what killed processes left."""
+    """Remove all but the ``keep`` newest, those of every ``keep_every``-th step, and older damaged ones."""
     whole = finished(run_folder)
     if not whole:
         return
     kept = {path for path in whole if keep_every and step_of(path) % keep_every == 0} | set(whole[-keep:])
     for old in run_folder.glob("checkpoints/step-*"):
-        if old.name < whole[-1].name and old not in kept:
+        if old.name < whole[-1].name and old not in kept and not old.name.endswith(PARTIAL):
             try:
                 (old / MANIFEST).unlink(missing_ok=True)  # no longer a checkpoint, whatever happens next
                 shutil.rmtree(old)
@@ -296,7 +300,10 @@ def prune(run_folder: Path, keep: int, keep_every: int = 0) -> None:
 
 
 def find(accelerator: Any, run_folder: Path) -> Path | None:
-    """``newest`` with the reading divided over the ranks; also removes what was never finished. A collective."""
+    """``newest`` with the reading divided over the ranks. A collective.
+
+    What was never finished is removed, and a damaged one renamed, so that it takes no place among those that are kept.
+    """
     from accelerate.utils import gather_object
 
     if accelerator.is_main_process:
@@ -311,6 +318,8 @@ def find(accelerator: Any, run_folder: Path) -> Path | None:
             return checkpoint
         if accelerator.is_main_process:
             pass_over(checkpoint, problem)
+            shutil.rmtree(run_folder / "checkpoints" / (name + DAMAGED), ignore_errors=True)
+            checkpoint.rename(run_folder / "checkpoints" / (name + DAMAGED))
     return None
 
 

@@ -199,12 +199,11 @@ class Run(Part):
 
     @model_validator(mode="after")
     def every_rank_has_samples(self) -> Run:
-        parts = self.world_size * self.train.accumulate
         for name, source in self.sources.items():
-            if source.batch < parts:
+            if source.batch < self.world_size:
                 raise ValueError(
                     f"sources.{name}.batch={source.batch} leaves ranks without samples: {self.nodes} nodes x "
-                    f"{self.processes_per_node} processes x {self.train.accumulate} micro-steps need {parts} or more"
+                    f"{self.processes_per_node} processes need {self.world_size} or more"
                 )
         return self
 

@@ -49,12 +49,15 @@ class Deadline:
         """A save has taken this long until the checkpoint was whole."""
         self._slowest_save = max(self._slowest_save, seconds)
 
-    def reason(self, now: float) -> str:
-        """Why the next step must not begin: ``ended``, ``warned``, or empty if it may. ``now`` in unix time."""
+    def reason(self, now: float, saves: int = 1) -> str:
+        """Why the next step must not begin: ``ended``, ``warned``, or empty if it may.
+
+        ``now`` in unix time; ``saves``: how many must still come to their end, with one that is under way.
+        """
         if self._told or self.end is None:
             return self._told
         save = self._slowest_save or self._first_save
-        return WARNED if now + max(self._steps) + save + self.margin > self.end else ""
+        return WARNED if now + max(self._steps) + saves * save + self.margin > self.end else ""
 
 
 def die_with_parent() -> None:

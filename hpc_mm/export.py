@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
             if not getattr(options, key):
                 raise ConfigError(f"{key}=FOLDER is missing: {Export.model_fields[key].description}")
         found = export(options)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, checkpoint.DamagedCheckpoint, OSError) as error:
         print(f"hpc_mm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{found} -> {options.out}")

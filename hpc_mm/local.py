@@ -83,6 +83,7 @@ def train(run: Run, submission: Submission, port: int, lock: int) -> int:
 
     ``lock``: descriptor of the run folder's lock. Nodes keep it too, so it outlives a launcher that is killed.
     """
+    attempt.clear(submission.run_folder)
     progress = Progress(run, submission.run_folder / "metrics.jsonl")
     with _terminated_as_interrupted(), _nodes(run, submission, port, lock) as nodes:
         try:

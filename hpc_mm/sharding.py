@@ -32,6 +32,8 @@ def make_accelerator(run: Run) -> Any:
     accelerator = Accelerator(gradient_accumulation_steps=run.train.accumulate, kwargs_handlers=handlers)
     if accelerator.num_processes != run.world_size:
         raise ConfigError(f"{accelerator.num_processes} processes were started, but the run wants {run.world_size}")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _prepare_fsdp(accelerator, run)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         plugin.deepspeed_config.update(
@@ -54,6 +56,20 @@ def _without_shared_memory_op() -> None:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _prepare_fsdp(accelerator: Any, run: Run) -> None:
+    """FSDP on CPU too, where accelerate takes ddp without a word; in bf16 runs losses and reductions stay fp32."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    state = accelerator.state
+    if accelerator.num_processes > 1 and state.distributed_type != DistributedType.FSDP:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # accelerate reads it from both
+    if run.precision == "bf16" and state.distributed_type == DistributedType.FSDP:
+        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 
 def update(accelerator: Any, objective: Any, optimizer: Any, clip: float) -> float:

@@ -101,8 +101,7 @@ def with_shares_of_old(run: Run, folder: Path) -> Run:
         return run
     began = read_run(first)
     parts = began.world_size * began.train.accumulate
-    most = min(source.batch for source in run.sources.values()) // run.world_size  # no micro-step without samples
-    micro_steps = max(1, min(-(-parts // run.world_size), most))
+    micro_steps = -(-parts // run.world_size)
     return run.model_copy(update={"train": run.train.model_copy(update={"accumulate": micro_steps})})
 
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc_mm import attempt, checkpoint
+from hpc_mm.deadline import END_TIME
 
 FRUITLESS = 2  # attempts in a row without a newer checkpoint that stop a run
+PATIENCE = 10  # seconds that ranks get to save after the time limit before the job is requeued under them
 KILL = 60  # seconds in which Slurm ends a job that was requeued
-END_TIME = "HPC_MM_END_TIME"
 CODES = {attempt.FINISHED: 0, attempt.STOPPED: 1, attempt.REFUSED: 2}
 EXIT, REQUEUE, RESTART = "exit", "requeue", "restart"
 
@@ -107,16 +108,16 @@ def decide(
     running = job["JobState"] == "RUNNING" if job else not terminated
     if not running and not out_of_time:
         return EXIT, "the job was cancelled"
+    if preempted:  # Slurm requeues only what has not ended by itself when the grace time is over
+        return REQUEUE, "the job is preempted"
+    if silent:
+        return REQUEUE, f"lost {', '.join(silent)}"
     if fruitless >= FRUITLESS:
         return EXIT, f"{fruitless} attempts in a row made no checkpoint"
     if ending == attempt.WARNED or out_of_time:
         return REQUEUE, "time is up"
-    if preempted:  # Slurm requeues only what has not ended by itself when the grace time is over
-        return REQUEUE, "the job is preempted"
     if ending == attempt.ENDED and code == 0:  # when one node fails, srun sends SIGTERM to the others
         return EXIT, "it got SIGTERM"
-    if silent:
-        return REQUEUE, f"lost {', '.join(silent)}"
     return RESTART, "it crashed"
 
 
@@ -184,7 +185,14 @@ class Supervisor:
         if end.isdigit():  # not "Unknown": no time limit
             environment[END_TIME] = end
         self.child = subprocess.Popen(self.command, env=environment)
-        return self.child.wait()
+        told = 0  # seconds ago, that the batch script got SIGTERM
+        while True:
+            try:
+                return self.child.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                told += self.terminated
+            if told == PATIENCE and job_facts(self.job).get("Reason") == "TimeLimit":
+                self.requeue()  # now: Slurm kills soon, and this supervisor too
 
     def record(self, found: dict[str, Any], code: int | None) -> None:
         """Add the attempt to attempts.jsonl. ``code``: the command's exit code, None where nobody saw it."""
@@ -205,9 +213,13 @@ class Supervisor:
         attempt.clear(self.run_folder)
 
     def fruitless(self) -> int:
-        """How many of this job's last attempts in a row brought no newer checkpoint, over all its requeues."""
-        lines = [json.loads(line) for line in self.file.read_text().splitlines()]
-        progress = [line["progress"] for line in lines if line["job"] == self.job]
+        """How many of this job's last attempts in a row brought no newer checkpoint, over all its requeues.
+
+        Those that SIGTERM ended do not count: Slurm, not the run, cut them off.
+        """
+        lines = [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]  # not torn
+        ours = [line for line in lines if line["job"] == self.job and line["ending"] != attempt.ENDED]
+        progress = [line["progress"] for line in ours]
         return next((number for number, made in enumerate(reversed(progress)) if made), len(progress))
 
     def requeue(self) -> int:

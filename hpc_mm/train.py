@@ -52,11 +52,12 @@ class Objective(nn.Module):
 
 @dataclass
 class Progress:
-    """What goes on across restarts, beside weights and optimizer. The place in every stream is the step itself."""
+    """What goes on across restarts, beside weights and moments. The place in every stream is the step itself."""
 
     step: int = 0
     updates: int = 0  # of the optimizer; the other steps were skipped
     skipped: int = 0
+    slowest_save: float = 0.0  # seconds, so that a job knows what to keep free at its end before it has saved
     totals: dict[str, dict[str, float]] = field(default_factory=dict)  # source -> name in COUNTS -> since step 0
     corpora: dict[str, str] = field(default_factory=dict)  # source -> digest of its shards, which decide the order
 
@@ -145,6 +146,7 @@ class Training:
         self.objective.train()
         self.progress = self.resumed() or Progress(totals={name: dict.fromkeys(COUNTS, 0) for name in run.sources})
         self.saver = checkpoint.Saver(self.accelerator, folder, run.train.keep, run.train.keep_every)
+        self.deadline.saved(self.progress.slowest_save)
         self.saved = self.progress.step  # of the newest checkpoint that was begun
         self.stall = 0.0  # seconds for which training has waited for the checkpoint under way
         self.streams = self.open_streams(tokenizer)
@@ -156,6 +158,7 @@ class Training:
         if self.records is not None:
             self.records.cut(self.progress.step)
             attempt.begin(folder, self.progress.step)
+        self.newest = 0.0, 0.0  # learning rate and gradient norm of the last step
         self.window = self.new_window()
 
     def resumed(self) -> Progress | None:
@@ -209,6 +212,7 @@ class Training:
             rate = learning_rate(train, self.progress.step)
             norm = self.step(fed, counts, rate)
             self.progress.step += 1
+            self.newest = rate, norm
             save = self.progress.step == train.steps or self.progress.step % train.save_every == 0
             if save or self.progress.step == 1 or self.progress.step % train.log_every == 0:
                 self.log(rate, norm)
@@ -222,13 +226,18 @@ class Training:
 
     def leave(self, ending: str) -> None:
         """Let no step be lost: what is being written is waited for, what has not been saved is saved."""
-        if self.records is not None:
-            self.records.close()
         if ending != attempt.FINISHED:
             logger.info("%s: leaving at step %d", ending, self.progress.step)
+        if self.window.counts.any():  # the counts go on with the checkpoint
+            self.log(*self.newest)
+        if self.saver.writing is not None:
+            self.finish_saving()
+        problem = None
         if self.progress.step > self.saved:
             self.save()
-        problem = self.finish_saving() if self.saver.writing is not None else None
+            problem = self.finish_saving()
+        if self.records is not None:
+            self.records.close()
         if problem:
             raise TrainingStopped(f"step {self.progress.step} could not be saved: {problem}")
 
@@ -253,7 +262,7 @@ class Training:
 
         One collective, in which every rank also says whether it was told to stop and whether its file is written.
         """
-        reason = self.deadline.reason(time.time())
+        reason = self.deadline.reason(time.time(), saves=1 if self.saver.writing is None else 2)
         said = torch.tensor([reason == attempt.ENDED, reason == attempt.WARNED, self.saver.written])
         vector = torch.cat([counts.flatten(), said.double()]).to(self.accelerator.device)
         total = self.accelerator.reduce(vector, "sum").cpu()
@@ -277,7 +286,7 @@ class Training:
         # accelerate and DeepSpeed divide by micro-steps and by ranks; the loss is a sum over both.
         scale = self.weights / targets * (accelerator.num_processes * len(fed.micro_batches))
         sums = torch.zeros_like(self.weights)
-        if self.beside is not None:
+        if self.beside is not None:  # its memory is not used again before update() has waited for the GPU
             torch.cuda.current_stream().wait_stream(self.beside)
         for batches in fed.micro_batches:
             with accelerator.accumulate(self.objective):
@@ -384,6 +393,7 @@ class Training:
         """Mark the checkpoint under way. None, or why it could not be written: then the one before it stays."""
         path, problem, seconds = self.saver.finish()
         self.deadline.saved(seconds)
+        self.progress.slowest_save = max(self.progress.slowest_save, seconds)
         if problem is None:
             logger.info("saved %s in %.2f s, of which training waited %.2f s", path, seconds, self.stall)
         else:
@@ -393,15 +403,14 @@ class Training:
         return problem
 
 
-def read_arguments(arguments: Sequence[str]) -> tuple[Run, Path]:
+def read_folder(arguments: Sequence[str]) -> Path:
     values = parse_arguments(arguments)
     for key in values:
         if key != "run":
             raise unknown("key", key, ["run"])
     if "run" not in values:
         raise ConfigError("run=FOLDER is missing; hpc_mm.launch makes such a folder")
-    folder = Path(values["run"])
-    return read_run(folder), folder
+    return Path(values["run"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -409,7 +418,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder: Path | None = None
     training: Training | None = None
     try:
-        run, folder = read_arguments(sys.argv[1:] if arguments is None else arguments)
+        folder = read_folder(sys.argv[1:] if arguments is None else arguments)
+        run = read_run(folder)
         logging.getLogger("hpc_mm").setLevel(logging.INFO)
         die_with_parent()
         training = Training(run, folder, Deadline.from_environment())
@@ -424,6 +434,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TrainingStopped, checkpoint.DamagedCheckpoint) as error:
         print(f"stopped: {error}", file=sys.stderr)
         assert folder is not None
+        if training is not None and training.saver.writing is not None:  # all ranks stop alike
+            training.finish_saving()
         attempt.end(folder, attempt.STOPPED, training.progress.step if training else 0, str(error))
         return 1
     if training.accelerator.is_main_process:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hpc_mm import checkpoint, sharding
+from hpc_mm.config import ConfigError
 from hpc_mm.sharding import KINDS, Fragment
 
 
@@ -270,9 +271,30 @@ def test_the_newest_are_kept(saved: Path) -> None:
     (checkpoint.path_of(saved, 1) / "manifest.json").unlink()  # as if killed while removing it
     checkpoint.path_of(saved, 2).rename(saved / "checkpoints" / "step-00000002.partial")  # or while saving it
     process = Process()
+    assert process.resume(saved) == checkpoint.path_of(saved, 3)
     process.save(saved, 4, keep=2)
     assert [checkpoint.step_of(path) for path in checkpoint.finished(saved)] == [3, 4]
     assert len(list((saved / "checkpoints").iterdir())) == 2
+
+
+def test_a_damaged_checkpoint_never_costs_a_good_one(saved: Path) -> None:
+    """It is newer than what is saved next, and only one is kept."""
+    flip(checkpoint.path_of(saved, 3) / "rank-00000.safetensors")
+    process = Process()
+    assert process.resume(saved) == checkpoint.path_of(saved, 2)
+    assert checkpoint.finished(saved)[-1] == checkpoint.path_of(saved, 2)
+    process.step(3)
+    assert process.save(saved, 3, keep=1) is None
+    assert checkpoint.newest(saved) == checkpoint.path_of(saved, 3)
+    process.save(saved, 4, keep=1)
+    assert [path.name for path in (saved / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_a_chosen_step_is_verified(saved: Path) -> None:
+    assert checkpoint.chosen(saved, "2") == checkpoint.path_of(saved, 2)
+    flip(checkpoint.path_of(saved, 2) / "rank-00000.safetensors")
+    with pytest.raises(ConfigError, match="step-00000002 is damaged: rank-00000.safetensors has other bytes"):
+        checkpoint.chosen(saved, "2")
 
 
 def test_checkpoints_of_every_so_many_steps_are_kept_for_good(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_an_override_leaves_the_recipe_as_it_was() -> None:
         ("nodes", "two", "nodes='two'"),
         ("sources.pairs.flip", "1.5", "less than or equal to 1"),
         ("name", "../other", "name='../other'"),
-        ("train.accumulate", "25", "leaves ranks without samples: 1 nodes x 1 processes x 25 micro-steps need 25"),
+        ("nodes", "25", "leaves ranks without samples: 25 nodes x 1 processes need 25 or more"),
         ("sources.pairs.batch", "0", "greater than or equal to 1"),
         ("slurm.time", "soon", "slurm.time='soon'"),
         ("slurm.memory", "much", "slurm.memory='much'"),

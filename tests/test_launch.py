@@ -229,12 +229,10 @@ def test_a_local_run_from_start_to_resumption(user: dict[str, str], tmp_path: Pa
     assert sorted(path.name for path in (run / "submissions").iterdir()) == ["001", "002"]
     assert json.loads((run / "run.json").read_text())["loader"]["workers"] == 1
 
-    fewer = launch(user, *words, "nodes=1", "strategy=zero2")  # micro-steps keep a rank's share of samples as it was
+    fewer = launch(user, *words, "nodes=1")  # micro-steps keep a rank's share of samples as it was
     assert fewer.returncode == 0, fewer.stderr
-    for said in ("nodes: 2 -> 1", '"ddp" -> "zero2"', "train.accumulate: 1 -> 2", "over 1 ranks x 2 micro-steps"):
+    for said in ("nodes: 2 -> 1", "train.accumulate: 1 -> 2", "over 1 ranks x 2 micro-steps"):
         assert said in fewer.stdout
-    back = launch(user, *words)
-    assert back.returncode == 0 and "train.accumulate: 2 -> 1" in back.stdout
 
 
 def test_another_tokenizer_of_the_same_name_is_another_run(user: dict[str, str], tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
-"""Every strategy on two CPU processes: equal losses, agreement on a NaN that one rank meets, exact going on, and
-checkpoints that every other strategy reads."""
+"""Every strategy on two CPU processes with uneven data: one rank has images and the other has none, or no row at all.
+
+None hangs; losses are equal, ranks agree on a NaN that one of them meets, going on is exact, and every other strategy
+reads the checkpoints.
+"""
 
 import json
 import math
@@ -13,13 +16,11 @@ from typing import Any
 import pytest
 import torch
 from checkout import ROOT
-from strategy_worker import SAVED_STEP, Objective
+from strategy_worker import SAVED_STEP, tiny_model, tiny_run, tiny_tokenizer
 
 from hpc_mm import checkpoint
 from hpc_mm.command import accelerate_line, environment
-from hpc_mm.config import with_overrides
 from hpc_mm.local import free_port
-from hpc_mm.recipes.toy import toy
 from hpc_mm.sharding import KINDS, Fragment
 
 WORKER = ROOT / "tests" / "strategy_worker.py"
@@ -27,7 +28,7 @@ WORKER = ROOT / "tests" / "strategy_worker.py"
 
 def ranks(folder: Path, strategy: str, precision: str, *other: str) -> list[dict[str, Any]]:
     """What both ranks found."""
-    run = with_overrides(toy(), {"strategy": strategy, "precision": precision})
+    run = tiny_run(strategy, precision)
     line = accelerate_line(run, folder, "0", "127.0.0.1", str(free_port()))
     line = line.replace("--num_machines 2", "--num_machines 1").partition(" -m hpc_mm.train")[0]
     values = {**os.environ, **environment(run, 1), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -49,7 +50,8 @@ def ddp(ddp_folder: Path) -> dict[str, Any]:
 
 def whole(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The saved state of every parameter, put together from all ranks' files."""
-    learning = [item for item in Objective().model.named_parameters() if item[1].requires_grad]
+    model = tiny_model(tiny_run("ddp", "fp32"), tiny_tokenizer())
+    learning = [item for item in model.named_parameters() if item[1].requires_grad]
     state = {name: {kind: torch.full((value.numel(),), math.nan) for kind in KINDS} for name, value in learning}
     fragments = [Fragment(name, tuple(value.shape), 0, state[name]) for name, value in learning]
     checkpoint.load(fragments, checkpoint.path_of(folder, SAVED_STEP))
@@ -58,12 +60,22 @@ def whole(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(
     ("strategy", "precision"),
-    [("zero1", "bf16"), ("zero1", "fp32"), ("zero2", "fp32"), ("zero3", "fp32"), ("fsdp", "fp32")],
+    [
+        ("zero1", "bf16"),
+        ("zero1", "fp32"),
+        ("zero2", "fp32"),
+        ("zero3", "fp32"),
+        ("fsdp", "fp32"),
+        pytest.param("zero2_offload", "fp32", marks=pytest.mark.chaos),  # DeepSpeed compiles its CPU Adam
+        pytest.param("zero3_offload", "fp32", marks=pytest.mark.chaos),
+    ],
 )
 def test_strategies_agree(strategy: str, precision: str, ddp: dict[str, Any], ddp_folder: Path, tmp_path: Path) -> None:
     found, second = ranks(tmp_path, strategy, precision, str(ddp_folder))
     assert json.dumps(found) == json.dumps(second), "the ranks disagree"
-    assert found["again"] == found["steps"][SAVED_STEP:], "going on from the checkpoint is not exact"
+    exact = 1e-5 if strategy.endswith("offload") else 0  # CPU Adam rounds its bias correction otherwise after a restart
+    for ours, theirs in zip(found["again"], found["steps"][SAVED_STEP:], strict=True):
+        assert ours == pytest.approx(theirs, rel=exact, abs=0), "going on from the checkpoint is not exact"
     norms = [norm for _, norm in found["steps"]]
     assert [math.isfinite(norm) for norm in norms] == [True, True, False, True, True, True]
     tolerance = 1e-4 if precision == "fp32" else 3e-2  # bf16 keeps 8 bits

@@ -227,6 +227,28 @@ def test_requeues_without_progress_stop_the_run(here: Path) -> None:
     assert code == 1 and "2 attempts in a row made no checkpoint" in said
 
 
+def test_preemptions_are_not_the_runs_fault(here: Path) -> None:
+    slurm_says(here, PreemptTime="1795242062")
+    for _ in range(3):
+        assert supervise(*["begin,ended"] * 3)[0] == 0
+    assert (here / "requeued").read_text() == f"{JOB}\n" * 3
+
+
+def test_a_save_that_outlasts_the_time_limit_does_not_cost_the_requeue(here: Path) -> None:
+    """Slurm is about to kill all of it, this supervisor too, and does not bring back what has run out of time."""
+    with subprocess.Popen(command("begin,sleep,save10,ended")) as process:
+        while not (here / "run" / "asleep").exists():
+            time.sleep(0.01)
+        slurm_says(here, JobState="COMPLETING", Reason="TimeLimit")
+        process.send_signal(signal.SIGTERM)
+        while not requeued(here):
+            assert process.poll() is None
+            time.sleep(0.05)
+        slurm_says(here, JobState="COMPLETING", Reason="TimeLimit", Restarts="1")
+        (here / "run" / "awake").touch()
+    assert requeued(here) and records()[0]["newest"] == 10
+
+
 def test_what_slurm_killed_with_its_supervisor_counts_too(here: Path) -> None:
     """A lost node, twice before the first checkpoint: the third start gives up before it does anything."""
     for number in range(2):

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -37,6 +38,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds; the upper ends of the first and 
 CONNECT_TIMEOUT, SILENCE_TIMEOUT = 5, 15  # seconds; for a connection, and between two pieces of an answer
 CONNECTIONS = 64  # per process and store
 SIGNED = 3600  # seconds that the signed address of an object is good for
+ADDRESSES = 1000  # signed ones that are kept
 PIECE = 16 * 1024  # bytes between two looks at the clock
 UPLOAD_RATE = 2**20  # bytes per second, below which an upload has failed
 
@@ -60,11 +62,12 @@ class S3Store:
         self.bucket, self.prefix, self.deadline = bucket, prefix, deadline
         self.address = f"s3://{bucket}/{prefix}".rstrip("/")
         self._answered = False  # then what is wrong now is no mistake in an address or in a key
-        self._addresses: dict[tuple[int, str], tuple[str, float]] = {}  # by process: (signed address, when made)
+        # By process and key: signed address, when made. Each use is one call, which is atomic, so threads need no lock.
+        self._addresses: OrderedDict[tuple[int, str], tuple[str, float]] = OrderedDict()
         self._clients: dict[int, Any] = {}  # by process id: sockets must not be shared across a fork
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_addresses": {}, "_clients": {}}
+        return {**self.__dict__, "_addresses": OrderedDict(), "_clients": {}}
 
     def _client(self) -> Any:
         client = self._clients.get(os.getpid())
@@ -108,7 +111,7 @@ class S3Store:
         if code in ABSENT_CODES:
             raise MissingKey(f"{what}: not in {self.address}") from None
         if code not in RETRIED_CODES and 400 <= status < 500:
-            raise StoreError(f"{what} in {self.address}: {_line(error)}") from error
+            raise StoreError(f"{what} in {self.address}: {_line(error)}") from None
 
     def _refuse_credentials(self, error: Exception) -> NoReturn:
         raise ConfigError(
@@ -125,7 +128,8 @@ class S3Store:
                 f"{self.address}: nothing answers at {self._client().meta.endpoint_url} within {self.deadline:g} s; "
                 "AWS_ENDPOINT_URL names the endpoint"
             ) from None
-        raise StoreError(f"{what} in {self.address}: failed for {seconds:g} s: {_line(error)}") from error
+        # From None: a traceback of the error itself would show the signature.
+        raise StoreError(f"{what} in {self.address}: failed for {seconds:g} s: {_line(error)}") from None
 
     def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         first, end = checked_range(key, start, end)
@@ -179,6 +183,8 @@ class S3Store:
             values = {"Bucket": self.bucket, "Key": name}
             address = client.generate_presigned_url("get_object", Params=values, ExpiresIn=SIGNED)
             self._addresses[os.getpid(), name] = address, now
+            if len(self._addresses) > ADDRESSES:
+                self._addresses.popitem(last=False)
         return address
 
     def write(self, key: str, data: bytes) -> None:

@@ -123,7 +123,7 @@ class Reading(NamedTuple):
 class Steps(Dataset[list[Batch]]):
     """A rank's micro-batches of every optimizer step. ``reads`` samples are read at once.
 
-    A worker decodes one at a time, so that it keeps one core busy; without workers all that are read are decoded.
+    A worker decodes one at a time, so that it keeps one core busy; without workers as many as the cores have room for.
     A sample whose bytes cannot be had leaves its place empty and is listed, as one that a rule leaves out.
     """
 
@@ -156,9 +156,10 @@ class Steps(Dataset[list[Batch]]):
             if self.settings.cache:
                 cache = ReadCache(Path(self.settings.cache), int(self.settings.cache_gb * 1e9))
             reader = ShardReader(self.store, 2 * self.source.shuffle_shards + 2, cache)  # this window and the next
-            reads = self.settings.reads
-            decoders = threading.Semaphore(1 if get_worker_info() else reads)
-            self._readings[os.getpid()] = Reading(reader, ThreadPoolExecutor(reads, "read"), decoders)
+            # Where torch works with several threads, each decoder has them all.
+            decoders = 1 if get_worker_info() else max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
+            threads = ThreadPoolExecutor(self.settings.reads, "read")
+            self._readings[os.getpid()] = Reading(reader, threads, threading.Semaphore(decoders))
         return self._readings[os.getpid()]
 
     def places(self, step: int) -> list[Place]:
@@ -213,6 +214,7 @@ def make_loader(
         batch_size=None,
         sampler=range(first_step, last_step),
         num_workers=settings.workers,
+        multiprocessing_context="fork" if settings.workers else None,  # as outlive_signals needs it
         worker_init_fn=outlive_signals,
         prefetch_factor=-(-settings.prefetch // accumulate) if settings.workers else None,
         pin_memory=torch.cuda.is_available(),

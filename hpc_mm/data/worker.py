@@ -12,6 +12,7 @@ def outlive_signals(worker: int) -> None:
 
     Without this the first SIGTERM ends the workers, and with them the rank, before it has saved. The rank's own
     SIGTERM, with which torch ends a worker that hangs, must still work, so it does not do to ignore the signal.
+    A forked worker has no thread but this one here: those that NumPy starts elsewhere would still take the signal.
     """
     rank = os.getppid()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

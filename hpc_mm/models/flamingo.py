@@ -13,6 +13,7 @@ Parameter names, which checkpoints are made of:
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ from hpc_mm.models.language_model import (
     load_language,
     load_tokenizer,
 )
-from hpc_mm.models.openflamingo_weights import load_openflamingo
+from hpc_mm.models.openflamingo_weights import LEARNT, load_openflamingo
 from hpc_mm.models.packing import packed_arguments
 from hpc_mm.models.vision_tower import image_spec, load_vision
 
@@ -60,8 +61,7 @@ def build(config: Flamingo, tokenizer: Any, seed: int, precision: Literal["bf16"
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in config.trainable)
     if config.weights:
-        exported = sorted(Path(config.weights).glob("model*.safetensors"))
-        if exported:
+        if exported := exported_files(Path(config.weights).expanduser()):
             load_exported(model, exported)
         else:
             load_openflamingo(model, config.weights)
@@ -72,15 +72,36 @@ def build(config: Flamingo, tokenizer: Any, seed: int, precision: Literal["bf16"
     return model.train()
 
 
+def exported_files(folder: Path) -> list[Path]:
+    """The weights' files that ``hpc_mm.export`` wrote, if it did. ConfigError where one of several is missing."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return list(folder.glob("model.safetensors"))
+    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ConfigError(f"{folder} lacks {len(missing)} of {len(files)} files of weights, such as {missing[0]}")
+    return files
+
+
 def load_exported(model: FlamingoModel, files: Sequence[Path]) -> None:
-    """Copy the weights that ``hpc_mm.export`` wrote; others stay. ConfigError where one has no place in ``model``."""
+    """Copy the weights that ``hpc_mm.export`` wrote; others stay.
+
+    ConfigError where one has no place in ``model``, and where there are none of the resampler or of cross-attention.
+    """
     ours = dict(model.named_parameters())
+    absent = {model.part_of(name) for name in ours} & set(LEARNT)
     for file in files:
         for name, value in load_file(file).items():
+            absent.discard(model.part_of(name))
             if name not in ours or ours[name].shape != value.shape:
                 found = f"of shape {tuple(ours[name].shape)}" if name in ours else "not there"
                 raise ConfigError(f"{file}: {name} has shape {tuple(value.shape)}, in this model it is {found}")
             ours[name].data.copy_(value)
+    if absent:
+        raise ConfigError(
+            f"{files[0].parent}: no weights of {' and '.join(sorted(absent))}; its run did not train them"
+        )
 
 
 @contextlib.contextmanager

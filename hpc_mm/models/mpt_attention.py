@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -13,22 +14,30 @@ from hpc_mm.models.mosaic_gpt import ALIGNMENT
 
 
 class AlibiBias:
-    """The bias of a forward pass, which all layers share: ALiBi, and the lowest value where nothing is seen."""
+    """The bias of a forward pass, which all layers share: ALiBi, and the lowest value where nothing is seen.
+
+    It lives as long as the mask of that pass.
+    """
 
     def __init__(self) -> None:
-        self.mask: Tensor | None = None
+        self._forget()
+
+    def _forget(self, _: object = None) -> None:
+        self.mask: weakref.ref[Tensor] | None = None
         self.bias = torch.empty(0)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a pass and its recomputation must run the same code
     def of(self, mask: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
         """``mask`` (B, 1, T, K) is True where nothing is seen, ``slopes`` (H, 1, 1): (B, H, T, K)."""
-        if mask is not self.mask or self.bias.dtype != dtype:
+        if self.mask is None or self.mask() is not mask or self.bias.dtype != dtype:
             tokens, keys = mask.shape[-2:]
             padded = -(-keys // ALIGNMENT) * ALIGNMENT
             place = torch.arange(padded, device=mask.device)
             # By distance, not by key as transformers has it: near a token the numbers are small, and exact in bf16.
             alibi = ((place - place[keys - tokens : keys, None]) * slopes).to(dtype)
             hidden = functional.pad(mask, (0, padded - keys), value=True)
-            self.mask, self.bias = mask, torch.where(hidden, torch.finfo(dtype).min, alibi)[..., :keys]
+            self.bias = torch.where(hidden, torch.finfo(dtype).min, alibi)[..., :keys]
+            self.mask = weakref.ref(mask, self._forget)
         return self.bias
 
 

@@ -52,7 +52,8 @@ class OutputTable(nn.Module):
         """Logits (..., vocabulary), or the sum of the cross-entropy of ``targets`` (selected,), in fp32."""
         if targets is None:
             return _logits(first_new, hidden, self.weight, self.bias, new_rows)
-        return _CrossEntropy.apply(first_new, targets, hidden, self.weight, self.bias, new_rows)  # type: ignore[no-any-return]
+        learns = torch.is_grad_enabled()  # inside of a Function it never is
+        return _CrossEntropy.apply(learns, first_new, targets, hidden, self.weight, self.bias, new_rows)  # type: ignore[no-any-return]
 
 
 def _logits(first_new: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, new_rows: Tensor | None) -> Tensor:
@@ -64,20 +65,21 @@ class _CrossEntropy(torch.autograd.Function):
     """Forward makes the gradients as well, part by part, so that no part's logits are kept or made twice."""
 
     @staticmethod
-    def forward(ctx: Any, first_new: int, targets: Tensor, hidden: Tensor, *parameters: Tensor | None) -> Tensor:
-        needed = ctx.needs_input_grad[2:]
+    def forward(
+        ctx: Any, learns: bool, first_new: int, targets: Tensor, hidden: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
+        needed = [learns and need for need in ctx.needs_input_grad[3:]]
         inputs = (hidden, *parameters)
         sums = [
             torch.zeros(value.shape, device=value.device) if need and value is not None else None
             for value, need in zip(parameters, needed[1:], strict=True)
         ]
+        # One for all parts: autocast keeps its copy of each leaf until it ends.
+        shared = [_leaf(value, need) for value, need in zip(parameters, needed[1:], strict=True)]
         total, of_hidden = hidden.new_zeros((), dtype=torch.float32), []
         rows = max(1, LOGITS // (first_new + 1))
         for part, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-            leaves = [
-                None if value is None else value.detach().requires_grad_(need)
-                for value, need in zip((part, *parameters), needed, strict=True)
-            ]
+            leaves = [_leaf(part, needed[0]), *shared]
             with torch.enable_grad():
                 loss = functional.cross_entropy(_logits(first_new, *leaves).float(), wanted, reduction="sum")  # type: ignore[arg-type]
             total += loss.detach()
@@ -96,4 +98,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if one is None else one * scale.to(one.dtype) for one in ctx.saved_tensors)
+        scaled = (None if one is None else (one.float() * scale).to(one.dtype) for one in ctx.saved_tensors)
+        return None, None, None, *scaled
+
+
+def _leaf(value: Tensor | None, learns: bool) -> Tensor | None:
+    return None if value is None else value.detach().requires_grad_(learns)

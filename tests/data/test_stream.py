@@ -215,6 +215,11 @@ def test_workers_change_nothing(documents: str, workers: int) -> None:
     assert steps_of(data, 1, 2, (0, 3), workers=workers) == steps_of(data, 1, 2, (0, 3))
 
 
+def test_workers_are_forked_whatever_python_would_do(documents: str) -> None:
+    """Python 3.14 has a fork server; ``outlive_signals`` needs the rank as parent, and no other threads."""
+    assert loader(source(documents), workers=1).multiprocessing_context.get_start_method() == "fork"
+
+
 def test_flips_differ_by_epoch_and_not_by_split(documents: str) -> None:
     found: dict[str, set[bytes]] = {}
     for step in steps_of(source(documents), 1, 1, (0, 17)):
@@ -230,6 +235,21 @@ def test_two_sources_do_not_disturb_each_other(documents: str, pairs: str) -> No
     alone = [list(map(rows, loader(one))) for one in sources]
     together = [(rows(one), rows(two)) for one, two in zip(*map(loader, sources), strict=True)]
     assert together == list(zip(*alone, strict=True))
+
+
+@pytest.mark.parametrize(("cores", "threads", "decoders"), [(16, 1, 16), (16, 8, 2), (4, 8, 1)])
+def test_without_workers_as_many_decode_as_there_are_cores(
+    documents: str, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, decoders: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    dataset = loader(source(documents), reads=16).dataset
+    assert isinstance(dataset, Steps)
+    places = dataset._reading().decoders
+    taken = 0
+    while places.acquire(blocking=False):
+        taken += 1
+    assert taken == decoders
 
 
 def spawned(dataset: Steps, queue: Any) -> None:

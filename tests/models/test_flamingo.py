@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from tiny import BATCH, FAMILIES, WORDS, ragged, sharpen
 from torch import Tensor
 
+from hpc_mm.config import ConfigError
 from hpc_mm.models.flamingo import FlamingoModel
 
 Make = Callable[..., FlamingoModel]
@@ -192,9 +196,9 @@ def test_gradient_checkpointing_changes_nothing(make: Make, batch: BATCH, traina
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compilation_changes_nothing(make: Make, batch: BATCH, checkpointing: bool) -> None:
-    plain, compiled = make(), make(gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize(("family", "checkpointing"), [("llama", False), ("llama", True), ("mpt", True)])
+def test_compilation_changes_nothing(make: Make, batch: BATCH, family: str, checkpointing: bool) -> None:
+    plain, compiled = make(family), make(family, gradient_checkpointing=checkpointing)
     compiled.compile_parts(backend="aot_eager")  # traces forward and backward; code generation alone is left out
     for images in (4, 3):  # another shape: compiled again, or for any
         ids, mask, pictures, counts = (part[:images] for part in batch)
@@ -245,3 +249,27 @@ def test_blocks_stand_before_every_nth_layer(make: Make, every: int, blocks: lis
     model = make(cross_attn_every_n_layers=every)
     layers = model.language.get_submodule(model.layers_name)
     assert [number for number, layer in enumerate(layers) if layer.gated_cross_attn_layer is not None] == blocks
+
+
+# ---------------------------------------------------------------- from what export wrote
+
+
+def test_exported_weights_are_those_of_all_files(make: Make, tmp_path: Path) -> None:
+    trained = {name: value.data for name, value in make(seed=1).named_parameters() if value.requires_grad}
+    save_torch_state_dict(trained, tmp_path, max_shard_size="100KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    found = dict(make(seed=2, weights=str(tmp_path), opened=False).named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in trained.items())
+    files[1].unlink()
+    with pytest.raises(ConfigError, match=f"lacks 1 of {len(files)} files of weights, such as {files[1].name}"):
+        make(weights=str(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["resampler", "cross_attention"])
+def test_an_export_without_a_part_that_only_training_makes_is_refused(make: Make, tmp_path: Path, part: str) -> None:
+    model = make()
+    others = {name: value.data for name, value in model.named_parameters() if model.part_of(name) != part}
+    save_file(others, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"no weights of {part}; its run did not train them"):
+        make(weights=str(tmp_path))

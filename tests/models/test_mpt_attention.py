@@ -33,5 +33,6 @@ def test_equals_transformers(heads: int, left: bool) -> None:
     cached, more = fused(ids[:1, :8], use_cache=True), ids[:1, 8:]
     again = fused(more, past_key_values=cached.past_key_values).logits
     torch.testing.assert_close(again, plain(ids[:1]).logits[:, 8:], atol=1e-5, rtol=1e-5)
+    assert all(module.alibi.bias.numel() == 0 for module in fused.modules() if isinstance(module, FusedMptAttention))
     fused.bfloat16()
     torch.testing.assert_close(fused(ids, attention_mask=mask).logits[real].float(), one, atol=0.3, rtol=0.1)

@@ -80,6 +80,19 @@ def test_packed_rows_equal_their_samples_alone(make: Make, family: str) -> None:
         torch.testing.assert_close(packed[2][name], gradient, atol=1e-5 * max(scale, 1), rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("family", ["llama", "mpt"])
+def test_packed_rows_in_bf16(make: Make, family: str) -> None:
+    model = make(family, precision="bf16")
+    sharpen(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed, alone = run(model, rows_of(ROWS)), run(model, rows_of([[i] for row in ROWS for i in row]))
+    assert alone[0].std() > 0.3  # the logits say something
+    torch.testing.assert_close(packed[0], alone[0], atol=0.06, rtol=0.03)
+    torch.testing.assert_close(packed[1], alone[1], atol=0, rtol=2e-3)
+    for name, gradient in alone[2].items():
+        assert (packed[2][name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+
 def test_checkpointing_and_packing(make: Make) -> None:
     plain, saving = make("llama"), make("llama", gradient_checkpointing=True)
     one, two = run(plain, rows_of(ROWS)), run(saving, rows_of(ROWS))

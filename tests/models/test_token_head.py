@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from tiny import BATCH, WORDS
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_mm.config import ConfigError
 from hpc_mm.models import token_head
@@ -63,12 +65,59 @@ def test_never_more_logits_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(seen) == 60 * 40 and max(seen) <= 400
 
 
-def test_without_a_gradient_none_is_made() -> None:
+def test_without_a_gradient_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model = head(bias=False, new=True, frozen=False)
     model.given.positions, model.given.targets = torch.ones(1, 5, dtype=torch.bool), torch.arange(5)
+    calls, made = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given: calls.append(given) or made(*given))
+    hidden = torch.randn(1, 5, 16, requires_grad=True)
     with torch.no_grad():
-        loss = model(torch.randn(1, 5, 16))
-    assert not loss.requires_grad and loss > 0
+        loss = model(hidden)
+    assert not loss.requires_grad and loss > 0 and not calls
+    assert torch.equal(model(hidden), loss) and calls
+
+
+def test_bf16_gradients_are_those_of_the_loss_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = head(bias=False, new=True, frozen=False).bfloat16()
+    full = head(bias=False, new=True, frozen=False)
+    full.load_state_dict(model.state_dict())
+    model.given.positions = full.given.positions = torch.ones(10, 50, dtype=torch.bool)
+    monkeypatch.setattr(token_head, "LOGITS", 41 * 130)
+    scale = 0.3  # bf16 has 0.3008
+    hidden, targets = torch.randn(10, 50, 16, dtype=torch.bfloat16, requires_grad=True), torch.randint(0, 40, (500,))
+    model.given.targets = targets
+    found = torch.autograd.grad(model(hidden) * scale, [hidden, *model.parameters()])
+    exact = hidden.detach().float().requires_grad_()
+    loss = functional.cross_entropy(full(exact), targets, reduction="sum")
+    for one, other in zip(found, torch.autograd.grad(loss * scale, [exact, *full.parameters()]), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one - other).norm() < 0.01 * other.norm()
+        ratio = (one * other).sum() / other.square().sum()
+        assert abs(ratio - 1) < 1e-3  # roundings of elements cancel
+
+
+class Copies(TorchDispatchMode):
+    """Counts casts of tensors of a shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operation is torch.ops.aten._to_copy.default and tuple(args[0].shape) == self.shape
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_trained_head_is_cast_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast keeps what it casts until it ends: not a copy of the head for each part."""
+    model = head(bias=False, new=True, frozen=False)
+    monkeypatch.setattr(token_head, "LOGITS", 400)
+    model.given.positions, model.given.targets = torch.ones(2, 30, dtype=torch.bool), torch.arange(60) % 40
+    casts = Copies((40, 16))
+    with torch.autocast("cpu", torch.bfloat16), casts:
+        model(torch.randn(2, 30, 16)).detach()
+    backward = 60 // (400 // 38)  # the gradient of each part, which is fp32 again
+    assert casts.count == 1 + backward
 
 
 @pytest.mark.parametrize("family", ["llama", "mpt"])
