@@ -62,7 +62,7 @@ def kill_the_step_of_rank_0(job: str) -> None:
     os.kill(daemon, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("harm", [kill_a_rank, kill_an_agent, kill_the_step_of_rank_0])
+@pytest.mark.parametrize("harm", [kill_a_rank, kill_an_agent])
 def test_a_killed_process(harm: Callable[[str], None], user: dict[str, str], quiet: list[list[float]]) -> None:
     run, job, _ = submit(user, harm.__name__, *WORDS)
     stepped(run, 5)
@@ -76,6 +76,15 @@ def test_a_killed_process(harm: Callable[[str], None], user: dict[str, str], qui
     ends_well(run, job)
     assert losses(run) == quiet
     assert_nothing_is_left(job)
+
+
+def test_a_killed_step_daemon_of_rank_0(user: dict[str, str], quiet: list[list[float]]) -> None:
+    """Its processes go on without it, to the end or until srun misses it and the supervisor starts again."""
+    run, job, _ = submit(user, "daemon", *WORDS)
+    stepped(run, 5)
+    kill_the_step_of_rank_0(job)
+    ends_well(run, job)
+    assert losses(run) == quiet
 
 
 def stepped_since(run: Path, moment: float) -> float:
