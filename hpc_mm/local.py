@@ -158,13 +158,13 @@ def _end(nodes: list[subprocess.Popen[bytes]], code: Path) -> None:
     SIGKILL to what is left when accelerate has ended or the grace time is over.
     """
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDINGS}  # a second Ctrl-C must not end this
-    grace = 0 if any(node.poll() for node in nodes) else GRACE
-    for process in _running(code):
-        _signal_group(process, signal.SIGTERM)
-    end = time.monotonic() + grace
-    for node in nodes:
+    end = time.monotonic() + (0 if any(node.poll() for node in nodes) else GRACE)
+    while any(node.poll() is None for node in nodes) and time.monotonic() < end:
+        for process in _running(code):  # again and again: a rank does not hear it while it imports torch
+            _signal_group(process, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            node.wait(timeout=max(end - time.monotonic(), 0.1))
+            next(node for node in nodes if node.poll() is None).wait(timeout=1)
+    for node in nodes:
         _signal_group(node.pid, signal.SIGKILL)
         node.wait()
     for process in _running(code):  # torch gives every worker a session of its own, so it is in no group of ours

@@ -24,6 +24,7 @@ from hpc_mm.deadline import END_TIME
 
 FRUITLESS = 2  # attempts in a row without a newer checkpoint that stop a run
 PATIENCE = 10  # seconds that ranks get to save after the time limit before the job is requeued under them
+AGAIN = 10  # seconds between two SIGTERMs to the step
 KILL = 60  # seconds in which Slurm ends a job that was requeued
 CODES = {attempt.FINISHED: 0, attempt.STOPPED: 1, attempt.REFUSED: 2}
 EXIT, REQUEUE, RESTART = "exit", "requeue", "restart"
@@ -191,6 +192,8 @@ class Supervisor:
                 return self.child.wait(timeout=1)
             except subprocess.TimeoutExpired:
                 told += self.terminated
+            if told and told % AGAIN == 0:  # a rank that was importing torch has not heard the one before
+                ask("scancel", "--signal=TERM", self.job)
             if told == PATIENCE and job_facts(self.job).get("Reason") == "TimeLimit":
                 self.requeue()  # now: Slurm kills soon, and this supervisor too
 

@@ -16,10 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = """
 import json, os, pathlib, sys, time
 from hpc_mm import attempt, deadline
-deadline.die_with_parent()
-until = deadline.Deadline.from_environment()
 folder = pathlib.Path(sys.argv[1].removeprefix("run="))
 rank = int(os.environ["RANK"])
+if "TEST_IMPORTS" in os.environ:  # seconds in which a rank does not hear signals yet
+    (folder / f"importing{rank}").touch()
+    time.sleep(float(os.environ["TEST_IMPORTS"]))
+deadline.die_with_parent()
+until = deadline.Deadline.from_environment()
 checkpoints = sorted((folder / "checkpoints").glob("step-*"))
 first = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
 if rank == 0:

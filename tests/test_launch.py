@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT, environment, facts, launch, make_checkout, make_store, write_train
 
+from hpc_mm import attempt
 from hpc_mm.command import STRATEGIES, uses_deepspeed
 from hpc_mm.command import environment as job_environment
 from hpc_mm.launch import main, resolve
@@ -270,9 +271,27 @@ def test_a_signal_ends_all_nodes(user: dict[str, str], tmp_path: Path, number: i
     held = launch(user, "recipe=toy", "cluster=local", "strategy=ddp")
     assert held.returncode == 2 and "another process on this machine" in held.stderr
     process.send_signal(number)
-    assert "goes on from the newest checkpoint" in process.communicate(timeout=240)[1]
+    assert "goes on from the newest checkpoint" in process.communicate()[1]
     assert process.returncode == 1
+    assert attempt.read(tmp_path / "runs" / "toy")["ending"] == attempt.ENDED
     assert not trainers(tmp_path)
+
+
+def test_ranks_that_are_still_importing_hear_the_signal_later(user: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "toy"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpc_mm.launch", "recipe=toy", "cluster=local", "strategy=ddp"],
+        env={**user, "TEST_SLEEP": "600", "TEST_IMPORTS": "4"},
+        cwd="/",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not all((run / f"importing{rank}").exists() for rank in range(2)):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 1
+    assert attempt.read(run)["ending"] == attempt.ENDED
 
 
 def test_a_killed_launcher_leaves_the_run_locked(user: dict[str, str], tmp_path: Path) -> None:
