@@ -101,7 +101,7 @@ class Ours:
     def __init__(self, model: FlamingoModel, precision: str = "fp32") -> None:
         self.model, self.half = model, precision == "bf16"
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, TRAIN), lr=TRAIN.learning_rate)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, TRAIN), lr=TRAIN.learning_rate, fused=True)
 
     def batch(self, rows: list[list[Row]]) -> Batch:
         return collate(rows, self.model.pad_id, self.model.image_spec)

@@ -89,7 +89,7 @@ class Rank:
         model = tiny_model(run, self.tokenizer)  # before accelerate, as in Training
         self.accelerator = sharding.make_accelerator(run)
         # Such an epsilon keeps the rounding of small gradients from deciding the sign of a whole update.
-        optimizer = torch.optim.AdamW(parameter_groups(model, run.train), lr=5e-3, eps=1e-2)
+        optimizer = torch.optim.AdamW(parameter_groups(model, run.train), lr=5e-3, eps=1e-2, fused=True)
         objective, optimizer = self.accelerator.prepare(Objective(model), optimizer)
         objective.train()
         self.parts = (self.accelerator, objective, optimizer)
