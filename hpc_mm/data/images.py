@@ -106,7 +106,7 @@ def pixels_of(image: Image.Image) -> Tensor:
     Pillow keeps an image of more than 16 MiB in several blocks, which are copied.
     """
     try:
-        return from_dlpack(pyarrow.array(image).flatten()).view(image.height, image.width, 4)
+        return from_dlpack(pyarrow.array(image).values).view(image.height, image.width, 4)
     except ValueError:
         return torch.from_numpy(np.array(image))
 

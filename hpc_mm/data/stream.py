@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -192,6 +193,18 @@ class Steps(Dataset[list[Batch]]):
         return [collate(first, pad, self.spec, unreadable, left_out), *batches]
 
 
+class StepLoader(DataLoader[list[Batch]]):
+    """Batches of ``steps`` in order. This process reads the first step itself, while the workers start."""
+
+    def __init__(self, dataset: Steps, steps: range, **settings: Any) -> None:
+        super().__init__(dataset, batch_size=None, sampler=steps[1:], **settings)
+        self.first = steps[:1]
+
+    def __iter__(self) -> Any:
+        others = super().__iter__()
+        return chain(map(self.dataset.__getitem__, self.first), others)
+
+
 def make_loader(
     source: Source,
     settings: Loader,
@@ -203,16 +216,15 @@ def make_loader(
     accumulate: int,
     first_step: int,
     last_step: int,
-) -> DataLoader[list[Batch]]:
+) -> StepLoader:
     """A rank's ``accumulate`` micro-batches of each of the optimizer steps [first_step, last_step), in order.
 
     Which samples a step holds depends on ``source``, ``seed`` and the shards alone. ConfigError where ``source.data``
     holds no whole shards.
     """
-    return DataLoader(
+    return StepLoader(
         Steps(source, settings, seed, tokenizer, spec, rank, world, accumulate),
-        batch_size=None,
-        sampler=range(first_step, last_step),
+        range(first_step, last_step),
         num_workers=settings.workers,
         multiprocessing_context="fork" if settings.workers else None,  # as outlive_signals needs it
         worker_init_fn=outlive_signals,
