@@ -143,7 +143,8 @@ def test_a_node_that_goes_down(user: dict[str, str], quiet: list[list[float]]) -
     try:
         start_now(job)
     finally:
-        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True)
+        # (it says no where the node's own slurmd has been quicker)
     ends_well(run, job)
     assert losses(run) == quiet
     back = next(line["time"] for line in lines(run) if line["time"] > down)
