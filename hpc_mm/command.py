@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from hpc_mm.config import ConfigError, Run, unknown
+from hpc_mm.config import ConfigError, Run, Slurm, unknown
 
 ROOT = Path(__file__).resolve().parents[1]  # accelerate_configs/ and sbatch/ lie beside the package
 STRATEGIES = ROOT / "accelerate_configs"
@@ -96,40 +97,46 @@ def environment(run: Run, threads: int) -> dict[str, str]:
 
 # What the launcher says itself; slurm.extra may not say it again.
 OURS = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "partition"}
-OURS |= {"account", "qos", "constraint", "exclude", "output", "open-mode", "requeue"}
+OURS |= {"account", "qos", "constraint", "exclude", "output", "open-mode", "requeue", "array", "signal", "ntasks"}
 
 
-def directives(run: Run, submission: Submission) -> dict[str, str]:
-    """The ``#SBATCH`` lines of a run; an empty value is a directive without one."""
-    slurm = run.slurm
-    values = {"job-name": run.name, "nodes": str(run.nodes), "ntasks-per-node": "1"}
-    if run.gpus_per_node:
-        values["gpus-per-node"] = str(run.gpus_per_node)
-    values["cpus-per-task"] = str(slurm.cpus_per_task)
-    optional = {"mem": slurm.memory, "time": slurm.time, "partition": slurm.partition, "account": slurm.account}
-    optional |= {"qos": slurm.qos, "constraint": slurm.constraint, "exclude": slurm.exclude}
-    values |= {name: value for name, value in optional.items() if value}
-    values["output"] = str(submission.folder / "job-%j.log")
-    values["open-mode"] = "append"  # a requeued job writes on
-    values["requeue"] = ""  # after a lost node, whatever the site's default is
+def site_directives(slurm: Slurm) -> dict[str, str]:
+    """The directives of the ``slurm`` values; an empty value is a directive without one."""
+    values = {"cpus-per-task": str(slurm.cpus_per_task), "mem": slurm.memory, "time": slurm.time}
+    values |= {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
+    values |= {"constraint": slurm.constraint, "exclude": slurm.exclude}
+    values = {name: value for name, value in values.items() if value}
     for name, value in slurm.extra.items():
         if name in OURS:
             raise ConfigError(f"slurm.extra.{name}={value!r}: the launcher sets --{name} itself, from its own key")
         if not name.replace("-", "").isalnum():
             raise ConfigError(f"slurm.extra.{name}: {name!r} is not the name of an sbatch directive")
         values[name] = value
-    for name, value in values.items():
+    return values
+
+
+def header(directives: Mapping[str, str]) -> list[str]:
+    """The first lines of a batch script."""
+    for name, value in directives.items():
         if "\n" in value:
             raise ConfigError(f"--{name}={value!r}: a line break cannot stand in an sbatch directive")
+    lines = [f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "") for name, value in directives.items()]
+    return ["#!/bin/bash", *lines, ""]
+
+
+def directives(run: Run, submission: Submission) -> dict[str, str]:
+    values = {"job-name": run.name, "nodes": str(run.nodes), "ntasks-per-node": "1"}
+    if run.gpus_per_node:
+        values["gpus-per-node"] = str(run.gpus_per_node)
+    values |= site_directives(run.slurm)
+    values["output"] = str(submission.folder / "job-%j.log")
+    values["open-mode"] = "append"  # a requeued job writes on
+    values["requeue"] = ""  # after a lost node, whatever the site's default is
     return values
 
 
 def sbatch_script(run: Run, submission: Submission) -> str:
     """The whole batch script of a run, as it is submitted and as it is kept in the run's folder."""
-    header = [
-        f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
-        for name, value in directives(run, submission).items()
-    ]
     setup = ["set -eo pipefail"]
     setup.append(f"echo $SLURM_JOB_ID > {shlex.quote(str(submission.folder / 'job_id'))}")
     setup.append(f"cd {shlex.quote(str(submission.code))}  # the code as it was at submission")
@@ -148,7 +155,7 @@ def sbatch_script(run: Run, submission: Submission) -> str:
         "# One accelerate per node starts that node's processes; when one node fails, all of them end. Then the",
         "# supervisor starts them again, requeues the job, or says why it does neither.",
     ]
-    return "\n".join(["#!/bin/bash", *header, "", *setup, "", *comment, f"{supervise} {step}", ""])
+    return "\n".join([*header(directives(run, submission)), *setup, "", *comment, f"{supervise} {step}", ""])
 
 
 def _srun_options(run: Run, submission: Submission) -> list[str]:

@@ -1,51 +1,51 @@
-"""What data_prep/ scripts call: records of a corpus and the images in a store become shards, file by file."""
+"""What data_prep/ scripts call: a corpus's records become shards in stages, here or as arrays of Slurm jobs.
+
+``plan`` lists the URLs that the image store has not, ``fetch`` downloads them, ``pack`` joins records and images into
+shards, ``verify`` checks what came out. Each skips what is done, so any of them is simply run again.
+"""
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal
 
 from pydantic import Field, model_validator
 
-from hpc_mm.config import ConfigError, Part, Positive, parse_arguments, unknown, validated
-from hpc_mm.data.documents import BrokenRecord, Record
-from hpc_mm.data.records import ENDINGS, DamagedFile, read_records
-from hpc_mm.data.schema import Sample, image_key
-from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
-from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
+from hpc_mm import pack
+from hpc_mm.config import ConfigError, Part, Positive, Slurm, parse_arguments, with_overrides
+from hpc_mm.data.documents import BrokenRecord
+from hpc_mm.data.recode import Recode
+from hpc_mm.data.records import read_records
+from hpc_mm.data.store import StoreError, open_store
+from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
+from hpc_mm.data.web import Web
 
-PARTS = "parts"  # folder of the done markers, one per source file
-AHEAD = 64  # records whose images are being fetched
+STAGES = ("plan", "fetch", "pack", "verify")
+SHARED = ("fetch", "pack")  # stages that several tasks divide
 
 
-class Preparation(Part):
+class Preparation(pack.Packing):
     """What every data_prep/ script takes."""
 
-    source: str = Field(description="file or folder of records: a path or s3://bucket/prefix")
-    images: str = Field(description="store in which the images lie under sha256(url)")
-    out: str = Field(description="folder of shards to write: a path or s3://bucket/prefix")
-    tasks: Positive = Field(1, description="jobs that share the work; task i takes every tasks-th file from i on")
-    task: int | None = Field(None, ge=0, description="which of them this is, from 0; none = all, one after the other")
-    reads: Positive = Field(32, description="images fetched at once")
-    shard_mb: Positive = Field(256, description="size at which a shard is closed, MiB")
-    min_image_bytes: int = Field(0, ge=0, description="smaller image files are left out")
-    columns: str = Field("", description="names of a .tsv file's values in order, with commas; it has no header")
+    WORK = pack.Packing.WORK | {"stage", "cluster", "name", "retry", "part_urls", "web", "recode", "slurm"}
 
-    def smallest(self, record: Record) -> int:
-        """Bytes that an image of this record must have."""
-        return self.min_image_bytes
+    stage: Literal["all", "plan", "fetch", "pack", "verify"] = Field("all", description="what to do; all = in turn")
+    cluster: Literal["auto", "slurm", "local", "print"] = Field("auto", description="auto = Slurm where sbatch is")
+    name: str = Field("", description="of the Slurm jobs and of their folder; empty = the last part of out")
+    retry: str = Field("", description="fetch only what failed so, with commas: timeout,dns; empty = what is to do")
+    part_urls: Positive = Field(PART_URLS, description="URLs of a part of the plan")
+    web: Web = Field(Web(), description="how URLs are asked for")
+    recode: Recode = Field(Recode(), description="what becomes of an image on its way into the store")
+    slurm: Slurm = Field(Slurm(), description="what sbatch is told")
 
     @model_validator(mode="after")
-    def task_exists(self) -> Preparation:
-        if self.task is not None and self.task >= self.tasks:
-            raise ValueError(f"task={self.task} is not one of tasks={self.tasks}: 0 to {self.tasks - 1}")
+    def images_lie_somewhere(self) -> Preparation:
+        if not self.images:
+            self.images = f"{self.out.rstrip('/').rpartition('/')[0] or '.'}/images"
         return self
 
 
@@ -55,243 +55,141 @@ class Documents(Preparation):
     max_images: Positive = Field(16, description="images kept per document; training takes its first readable ones")
 
 
-# How the work is done; everything else must be the same for all parts of a corpus.
-WORK = ("source", "images", "out", "tasks", "task", "reads")
-
-Options = TypeVar("Options", bound=Preparation)
-Urls = Callable[[Record, Options], list[str]]  # the images that a record wants
-# record, sample id, image bytes by key (those that were found), options -> sample
-Arrange = Callable[[Record, str, Mapping[str, bytes], Options], Sample]
-
-
-# ---------------------------------------------------------------- the parts
-
-
 @dataclass(frozen=True)
-class SourcePart:
-    """One file of records: what is done or not done as a whole."""
+class Corpus(Generic[pack.Options]):
+    """What a script says of its corpus."""
 
-    key: str
-    bytes: int
-
-    @property
-    def name(self) -> str:
-        """Starts the names of its shards and samples."""
-        ending = next(ending for ending in ENDINGS if self.key.endswith(ending))
-        return re.sub(r"[^A-Za-z0-9]+", "-", self.key.removesuffix(ending)).strip("-") or "part"
-
-    @property
-    def marker(self) -> str:
-        return f"{PARTS}/{self.name}.json"
+    urls: pack.Urls[pack.Options]
+    arrange: pack.Arrange[pack.Options]
 
 
-def source_parts(address: str) -> tuple[Store, list[SourcePart]]:
-    """The store and the files of records at an address, which is one such file or a folder of them."""
-    if address.endswith(ENDINGS):
-        folder, _, name = address.rpartition("/")
-        store = open_store(folder or ".")
-        size = store.size(name)
-        if size is None:
-            raise ConfigError(f"source={address} does not exist")
-        return store, [SourcePart(name, size)]
-    store = open_store(address)
-    parts = [SourcePart(entry.key, entry.size) for entry in store.list() if entry.key.endswith(ENDINGS)]
-    if not parts:
-        raise ConfigError(f"source={address} holds no {', '.join(ENDINGS)} files")
-    twice = [name for name, count in Counter(part.name for part in parts).items() if count > 1]
-    if twice:
-        raise ConfigError(f"source={address}: several files would become shards named {twice[0]}")
-    return store, parts
+# ---------------------------------------------------------------- the stages
 
 
-def read_marker(out: Store, part: SourcePart, options: Preparation) -> dict[str, Any] | None:
-    """What was written when the part was done; None if it is to do. ConfigError if it was done in another way."""
-    try:
-        marker: dict[str, Any] = json.loads(out.read(part.marker))
-    except MissingKey:
-        return None
-    made_from = f"{part.key} of {part.bytes} bytes"
-    if marker["made_from"] != made_from:
-        raise ConfigError(f"{out.address} holds {marker['made_from']}, source has {made_from}: use another out")
-    now = kept_options(options)
-    changes = [f"{key}: {value} -> {now.get(key)}" for key, value in marker["options"].items() if now.get(key) != value]
-    if changes:
-        raise ConfigError(f"{out.address} holds parts prepared in another way ({'; '.join(changes)}): use another out")
-    return marker
+def plan(options: Preparation, corpus: Corpus[Any]) -> Plan:
+    """List what is to fetch, unless that is done; what the source has now must be what it was made from."""
+    store, parts = pack.source_parts(options.source)
+    out, made_from = open_store(options.out, make=True), {part.key: part.bytes for part in parts}
+    found = read_plan(out)
+    if found is None:
+        images = open_store(options.images, make=True)
+        found = make_plan(all_urls(options, corpus), made_from, images, out, options.part_urls)
+    if found.made_from != made_from:
+        raise ConfigError(f"{options.out} holds a plan of other files than source={options.source}: use another out")
+    print(
+        f"{len(parts)} files name {found.named} images, {found.unique} of them different, on {found.hosts} hosts: "
+        f"{found.present} are in {options.images}, {found.wanted} are to fetch in {len(found.parts)} parts"
+    )
+    return found
 
 
-def kept_options(options: Preparation) -> dict[str, Any]:
-    return options.model_dump(mode="json", exclude=set(WORK))
+def all_urls(options: Preparation, corpus: Corpus[Any]) -> Iterator[str]:
+    store, parts = pack.source_parts(options.source)
+    for part in parts:
+        for record in read_records(store, part.key, options.columns.split(",")):
+            with suppress(BrokenRecord):  # which pack counts
+                if isinstance(record, BrokenRecord):
+                    continue
+                urls = corpus.urls(record, options)
+                pack.keys_of(urls)
+                yield from urls
 
 
-# ---------------------------------------------------------------- one part
+def fetch(options: Preparation) -> None:
+    """Download this task's groups of parts."""
+    out = open_store(options.out)
+    found = read_plan(out)
+    if found is None:
+        raise ConfigError(f"{options.out} has no plan: stage=plan comes before stage=fetch")
+    parts = [part for part in found.parts if options.task is None or part.group % options.tasks == options.task]
+    from hpc_mm.download import fetch as download
+
+    retry = [word for word in options.retry.split(",") if word]
+    tally = download(parts, out, open_store(options.images, make=True), options.web, options.recode, retry)
+    print(f"fetched {tally.text()}")
 
 
-class StoreDown(Exception):
-    """The store of images does not answer; the message is what it was asked and for how long."""
+def verify(options: Preparation) -> None:
+    """Every URL of the plan has a line, every shard is whole; a table of what became of all."""
+    from hpc_mm import verify
+
+    verify.verify(options.out)
 
 
-def fetch(store: Store, key: str, smallest: int) -> bytes | str:
-    """The image, or why it is left out. A store that fails altogether raises: the part is then done another time."""
-    try:
-        data = read_twice(store, key)
-    except MissingKey:
-        return "not in the store"
-    except StoreError:
-        return "could not be read"
-    return data if len(data) >= max(smallest, 1) else "too small"
+def run_stage(stage: str, options: Preparation, corpus: Corpus[Any]) -> None:
+    if stage == "plan":
+        plan(options, corpus)
+    elif stage == "fetch":
+        fetch(options)
+    elif stage == "pack":
+        pack.pack(options, corpus.urls, corpus.arrange)
+    else:
+        verify(options)
 
 
-def read_twice(store: Store, key: str) -> bytes:
-    """A value. StoreError twice means this value; StoreDown means that the store answers nothing at all."""
-    try:
-        return store.read(key)
-    except StoreError:
-        try:
-            store.size(image_key(""))  # whether it is there or not
-        except StoreError as error:
-            raise StoreDown(str(error)) from error
-        return store.read(key)
+# ---------------------------------------------------------------- where they run
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """A record and its images, which may still be on their way."""
+def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, corpus: Corpus[Any]) -> int:
+    """The stages in turn in this process, those that tasks share in a process per task."""
+    for stage in stages:
+        if stage not in SHARED or options.tasks == 1 or options.task is not None:
+            run_stage(stage, options, corpus)
+            continue
+        from hpc_mm.arrays import run_tasks
 
-    record: Record
-    images: dict[str, Future[bytes | str]]  # by key
-
-
-def fetched(
-    records: Iterator[Record | BrokenRecord], urls: Callable[[Record], list[str]], store: Store, options: Preparation
-) -> Generator[Fetched | BrokenRecord, None, None]:
-    """Records in order, while the images of the next ones are being read."""
-    threads = ThreadPoolExecutor(options.reads, "fetch")
-    waiting: deque[Fetched | BrokenRecord] = deque()
-    try:
-        for record in records:
-            waiting.append(start_fetching(record, urls, store, threads, options))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft()
-        yield from waiting
-    finally:
-        threads.shutdown(cancel_futures=True)
+        code = run_tasks([sys.executable, *script_words(words, options)], stage, options.tasks)
+        if code:
+            return code
+    return 0
 
 
-def start_fetching(
-    record: Record | BrokenRecord,
-    urls: Callable[[Record], list[str]],
-    store: Store,
-    threads: ThreadPoolExecutor,
-    options: Preparation,
-) -> Fetched | BrokenRecord:
-    if isinstance(record, BrokenRecord):
-        return record
-    try:
-        keys = {image_key(url) for url in urls(record)}
-    except BrokenRecord as reason:
-        return reason
-    except (AttributeError, UnicodeEncodeError):
-        return BrokenRecord("a URL is not text")
-    smallest = options.smallest(record)
-    return Fetched(record, {key: threads.submit(fetch, store, key, smallest) for key in sorted(keys)})
+def script_words(words: Sequence[str], options: Preparation) -> list[str]:
+    """This command again, for one stage and task of it here; addresses whole, since jobs run in another folder."""
+    gone = {"stage", "task", "cluster", "source", "out", "images"}
+    kept = [word for word in words if word.partition("=")[0] not in gone]
+    places = [f"{key}={whole(getattr(options, key))}" for key in ("source", "out", "images")]
+    return [f"data_prep/{Path(sys.argv[0]).name}", "cluster=local", *places, *kept]
 
 
-def prepare_part(
-    store: Store, part: SourcePart, out: Store, options: Options, urls: Urls[Options], arrange: Arrange[Options]
-) -> dict[str, Any]:
-    """Write the shards of one file of records, then its done marker, which is returned."""
-    counts: Counter[str] = Counter()
-    records = read_records(store, part.key, options.columns.split(","))
-    found = fetched(records, lambda record: urls(record, options), open_store(options.images), options)
-    with ShardWriter(out, part.name, options.shard_mb * 2**20, manifest=False) as writer, closing(found):
-        for number, item in enumerate(found):
-            counts["records"] += 1
-            try:
-                if isinstance(item, BrokenRecord):
-                    raise item
-                images = bytes_of(item.images, counts)
-                sample = arrange(item.record, f"{part.name}-{number:08d}", images, options)
-            except BrokenRecord as reason:
-                counts[f"left out: {reason}"] += 1
-                continue
-            if not sample.images:
-                counts["left out: no image"] += 1
-                continue
-            counts["samples"] += 1
-            counts["images"] += len(sample.images)
-            writer.add(sample)
-    marker = {
-        "made_from": f"{part.key} of {part.bytes} bytes",
-        "options": kept_options(options),
-        "shards": [asdict(shard) for shard in writer.shards],
-        "counts": dict(counts),
-    }
-    out.write(part.marker, json.dumps(marker, indent=1).encode())
-    return marker
-
-
-def bytes_of(images: Mapping[str, Future[bytes | str]], counts: Counter[str]) -> dict[str, bytes]:
-    """The images that were found; the others are counted by reason."""
-    results = {key: future.result() for key, future in images.items()}
-    counts.update(f"images left out: {reason}" for reason in results.values() if isinstance(reason, str))
-    return {key: data for key, data in results.items() if isinstance(data, bytes)}
-
-
-# ---------------------------------------------------------------- all of them
-
-
-def prepare(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> dict[str, int] | None:
-    """Do this task's parts that are not done yet; the counts of the whole corpus once all of its parts are done.
-
-    The task that finds every part done writes the statistics and then the manifest, which declares the corpus whole.
-    A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task.
-    """
-    store, parts = source_parts(options.source)
-    if options.tasks > len(parts):
-        raise ConfigError(f"tasks={options.tasks} is more than the {len(parts)} files of source={options.source}")
-    out = open_store(options.out, make=True)
-    failed: list[str] = []
-    for number, part in enumerate(parts):
-        mine = options.task is None or number % options.tasks == options.task
-        if mine and read_marker(out, part, options) is None:
-            try:
-                done = prepare_part(store, part, out, options, urls, arrange)
-            except (DamagedFile, StoreError) as error:
-                failed.append(f"{part.key}: {error}")
-                continue
-            print(f"{part.key}: {summary(done['counts'])}")
-    if failed:
-        raise DamagedFile("\n".join([*failed, f"{len(failed)} files are not done"]))
-    markers = [read_marker(out, part, options) for part in parts]
-    whole = [marker for marker in markers if marker is not None]
-    print(f"{len(whole)} of {len(parts)} files are done")
-    if len(whole) < len(parts):
-        return None
-    counts = sum((Counter(marker["counts"]) for marker in whole), Counter[str]())
-    out.write("stats.json", json.dumps(counts, indent=1).encode())
-    write_manifest(out, [ShardInfo(**shard) for marker in whole for shard in marker["shards"]])
-    print(f"{options.out}: {summary(counts)}")
-    return dict(counts)
-
-
-def summary(counts: Mapping[str, int]) -> str:
-    first = ("records", "samples", "images")
-    names = [*first, *sorted(set(counts) - set(first))]
-    return ", ".join(f"{counts.get(name, 0)} {name}" for name in names)
+def whole(address: str) -> str:
+    return address if "://" in address else str(Path(address).expanduser().absolute())
 
 
 def main(
-    kind: type[Options], urls: Urls[Options], arrange: Arrange[Options], arguments: Sequence[str] | None = None
+    kind: type[pack.Options],
+    urls: pack.Urls[pack.Options],
+    arrange: pack.Arrange[pack.Options],
+    arguments: Sequence[str] | None = None,
 ) -> int:
-    """The command line of a data_prep/ script: 0, or 2 after one line about a mistake of the user's."""
+    """The command line of a data_prep/ script: 0, 1 where a task failed, 2 after one line about a user's mistake."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        values = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        for key in values:
-            if key not in kind.model_fields:
-                raise unknown("key", key, kind.model_fields)
-        prepare(validated(kind, values), urls, arrange)
-    except (ConfigError, StoreDown, StoreError) as error:
+        options = read_options(kind, words)
+        stages = STAGES if options.stage == "all" else (options.stage,)
+        if wants_slurm(options):
+            from hpc_mm.arrays import queue
+
+            return queue(options, stages, script_words(words, options))
+        return run_here(stages, words, options, Corpus(urls, arrange))
+    except (ConfigError, StoreError, pack.StoreDown) as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
+
+
+def read_options(kind: type[Any], words: Sequence[str]) -> Any:
+    """The options, checked; every key may be nested with dots."""
+    values = parse_arguments(words)
+    required = [name for name, field in kind.model_fields.items() if field.is_required()]
+    for name in required:
+        if name not in values:
+            raise ConfigError(f"{name}=... is missing: {kind.model_fields[name].description}")
+    return with_overrides(kind(**{name: values.pop(name) for name in required}), values)
+
+
+def wants_slurm(options: Preparation) -> bool:
+    from hpc_mm import slurm
+
+    if options.task is not None:
+        return False
+    return options.cluster in ("slurm", "print") or (options.cluster == "auto" and slurm.is_here())

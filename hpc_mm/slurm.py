@@ -23,14 +23,14 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def _ask(*words: str) -> str:
+def ask(*words: str) -> str:
     answer = subprocess.run(words, capture_output=True, text=True)
     if answer.returncode:
-        raise ConfigError(f"Slurm does not answer {' '.join(words)!r}: {_one_line(answer.stderr)}")
+        raise ConfigError(f"Slurm does not answer {' '.join(words)!r}: {one_line(answer.stderr)}")
     return answer.stdout
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in text.splitlines()]
     return "; ".join(line for line in lines if line)
 
@@ -61,16 +61,20 @@ def check(run: Run, script: str) -> None:
             problems.append(error)
     if len(problems) == len(names):  # Slurm starts a job in any one of several partitions
         raise problems[0]
-    test = subprocess.run(
-        ["sbatch", "--test-only"], input=script, env=job_environment(), capture_output=True, text=True
-    )
-    if test.returncode:
-        raise ConfigError(f"sbatch would refuse this job: {_one_line(test.stderr)}")
+    test(script)
+
+
+def test(script: str) -> None:
+    """All that sbatch itself checks of a batch script."""
+    words = ["sbatch", "--test-only"]
+    answer = subprocess.run(words, input=script, env=job_environment(), capture_output=True, text=True)
+    if answer.returncode:
+        raise ConfigError(f"sbatch would refuse this job: {one_line(answer.stderr)}")
 
 
 def _partitions() -> dict[str, dict[str, str]]:
     """Partition name -> Slurm's own words about it: Default, MaxTime, TotalNodes, ..."""
-    lines = _ask("scontrol", "show", "partition", "-a", "-o").splitlines()
+    lines = ask("scontrol", "show", "partition", "-a", "-o").splitlines()
     found = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
     return {values["PartitionName"]: values for values in found if "PartitionName" in values}
 
@@ -82,7 +86,7 @@ def _check_partition(run: Run, name: str, partition: dict[str, str]) -> None:
     most = min(int(partition[key]) for key in ("TotalNodes", "MaxNodes") if partition[key].isdigit())
     if run.nodes > most:
         raise ConfigError(f"nodes={run.nodes}: partition {name} gives a job at most {most}")
-    if run.gpus_per_node and "gpu" not in _ask("sinfo", "--noheader", "-p", name, "-o", "%G"):
+    if run.gpus_per_node and "gpu" not in ask("sinfo", "--noheader", "-p", name, "-o", "%G"):
         raise ConfigError(f"gpus_per_node={run.gpus_per_node}: partition {name} has no GPUs (0 trains on CPU)")
 
 
@@ -121,7 +125,7 @@ def refuse_if_active(last: Submission | None) -> None:
         raise ConfigError(f"run {folder} is Slurm's job {job}, and no Slurm is here to say whether it has ended")
     answer = subprocess.run(["squeue", "--noheader", "-j", job, "-o", "%T"], capture_output=True, text=True)
     if answer.returncode and "Invalid job id" not in answer.stderr:
-        raise ConfigError(f"Slurm does not say whether job {job} has ended: {_one_line(answer.stderr)}")
+        raise ConfigError(f"Slurm does not say whether job {job} has ended: {one_line(answer.stderr)}")
     if answer.stdout.strip():
         raise ConfigError(
             f"run {folder} is in the queue: job {job} is {answer.stdout.split()[0]}; scancel {job} ends it"
@@ -131,7 +135,7 @@ def refuse_if_active(last: Submission | None) -> None:
 def find(submission: Submission) -> str | None:
     """Id of a job in the queue that nobody noted: the launcher was killed between sbatch and writing it down."""
     name, script = submission.run_folder.name, str(submission.folder / "job.sbatch")
-    for line in _ask("squeue", "--me", "--noheader", f"--name={name}", "-o", "%i %o").splitlines():
+    for line in ask("squeue", "--me", "--noheader", f"--name={name}", "-o", "%i %o").splitlines():
         job, _, command = line.partition(" ")
         if command.strip() == script:
             return job
@@ -162,7 +166,7 @@ def submit(script: str, run: Run, submission: Submission) -> str:
     except submitit.core.utils.FailedJobError as error:  # sbatch refused, or said what submitit cannot read
         queued = find(submission)
         if queued is None:
-            raise ConfigError(f"sbatch refused the job: {_one_line(str(error))}") from None
+            raise ConfigError(f"sbatch refused the job: {one_line(str(error))}") from None
         job = queued
     (submission.folder / "job_id").write_text(f"{job}\n")
     return job

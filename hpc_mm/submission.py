@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,17 +107,33 @@ def with_shares_of_old(run: Run, folder: Path) -> Run:
 
 def write(run: Run, tokenizer: bytes | None, submission: Submission, texts: dict[str, str]) -> None:
     """Freeze values, code, commit, packages and texts in the submission's folder, whole or absent; then run.json."""
-    aside = submission.folder.with_name(f".{submission.folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _copy_code(aside / "code", strategy_file(run.strategy))
     values = run.model_dump_json(indent=2)
-    for name, text in {**texts, **_provenance(), "run.json": values}.items():
-        (aside / name).write_text(text)
-    aside.rename(submission.folder)
+    strategy = strategy_file(run.strategy)
+    with frozen(submission, SNAPSHOT, {**texts, "run.json": values}) as code:
+        shutil.copy2(strategy, code / "accelerate_configs" / strategy.name)
     if tokenizer is not None:
         _write_whole(submission.run_folder / "tokenizer.json", tokenizer)
     _write_whole(submission.run_folder / "run.json", values.encode())
+
+
+@contextmanager
+def frozen(submission: Submission, folders: Iterable[str], texts: dict[str, str]) -> Iterator[Path]:
+    """Make the submission's folder, whole or absent: texts, commit, packages, and these folders of the checkout.
+
+    So editing the checkout never changes a queued or requeued job. Gives the folder of the code, to add to.
+    """
+    aside = submission.folder.with_name(f".{submission.folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name in folders:
+        if not (ROOT / name).is_dir():
+            raise ConfigError(f"no folder {ROOT / name}: launch from a checkout (pip install -e .)")
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(ROOT / name, aside / "code" / name, ignore=ignored)
+    for name, text in {**texts, **_provenance()}.items():
+        (aside / name).write_text(text)
+    yield aside / "code"
+    aside.rename(submission.folder)
 
 
 def withdraw(submission: Submission, before: bytes | None) -> None:
@@ -138,15 +154,6 @@ def _write_whole(file: Path, content: bytes) -> None:
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     aside.write_bytes(content)
     os.replace(aside, file)
-
-
-def _copy_code(target: Path, strategy: Path) -> None:
-    """Copy what a job reads, so that editing the checkout never changes a queued or requeued job."""
-    for name in SNAPSHOT:
-        if not (ROOT / name).is_dir():
-            raise ConfigError(f"no folder {ROOT / name}: launch from a checkout (pip install -e .)")
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    shutil.copy2(strategy, target / "accelerate_configs" / strategy.name)
 
 
 def _provenance() -> dict[str, str]:

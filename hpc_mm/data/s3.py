@@ -8,7 +8,7 @@ import random
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -30,7 +30,7 @@ from botocore.parsers import create_parser
 from urllib3.exceptions import HTTPError
 
 from hpc_mm.config import ConfigError
-from hpc_mm.data.store import Entry, MissingKey, StoreError, checked, checked_range, written_aside
+from hpc_mm.data.store import NONE, Entry, MissingKey, StoreError, checked, checked_range, written_aside
 
 T = TypeVar("T")
 
@@ -187,9 +187,9 @@ class S3Store:
                 self._addresses.popitem(last=False)
         return address
 
-    def write(self, key: str, data: bytes) -> None:
-        name = self._key(key)
-        self._call(key, lambda client, _: client.put_object(Bucket=self.bucket, Key=name, Body=data))
+    def write(self, key: str, data: bytes, metadata: Mapping[str, str] = NONE) -> None:
+        values = {"Bucket": self.bucket, "Key": self._key(key), "Body": data, "Metadata": dict(metadata)}
+        self._call(key, lambda client, _: client.put_object(**values))
 
     def upload(self, key: str, path: Path) -> None:
         name = self._key(key)

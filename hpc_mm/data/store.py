@@ -6,15 +6,17 @@ import io
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 from hpc_mm.config import ConfigError
 
 DEADLINE = 60.0  # seconds that one verb may take, with all its retries, before it counts as failed
+NONE: Mapping[str, str] = MappingProxyType({})
 PARTIAL = ".partial"  # ends the hidden name of a file that is being written
 
 
@@ -39,13 +41,13 @@ class Store(Protocol):
     """Bytes under keys (relative paths with ``/``).
 
     Writing is whole or absent: nobody ever reads half of a value. ``read`` gives bytes [start, end) and raises
-    MissingKey or StoreError; every verb raises ConfigError where only the user can help (credentials, bucket, folder).
+    MissingKey or StoreError; ``write`` takes facts that an object store keeps beside the value, and a folder does not; every verb raises ConfigError where only the user can help (credentials, bucket, folder).
     """
 
     @property
     def address(self) -> str: ...
     def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes: ...
-    def write(self, key: str, data: bytes) -> None: ...
+    def write(self, key: str, data: bytes, metadata: Mapping[str, str] = NONE) -> None: ...
     def upload(self, key: str, path: Path) -> None: ...
     def download(self, key: str, path: Path) -> None: ...
     def list(self, prefix: str = "") -> Iterator[Entry]: ...
@@ -122,7 +124,7 @@ class FolderStore:
             raise StoreError(f"{key} in {self.address} ends before byte {end}")
         return data
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes, metadata: Mapping[str, str] = NONE) -> None:
         with written_aside(self._path(key)) as part:
             part.write_bytes(data)
 

@@ -1,0 +1,193 @@
+"""The fetch stage: the URLs of a plan's parts become images in a store, and a line of the ledger each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+from hpc_mm.data.ledger import OK, POISON, RETRY, Ledger, Line
+from hpc_mm.data.pictures import UnreadableImage
+from hpc_mm.data.recode import Recode, Recoded, recode
+from hpc_mm.data.schema import image_key
+from hpc_mm.data.store import MissingKey, Store
+from hpc_mm.data.wanted import Part, host_of, read_urls
+from hpc_mm.data.web import Fetcher, Outcome, Web
+
+PENDING = 2000  # URLs of a part that are under way or wait for their host's turn
+AT_ONCE = 4  # groups of parts, so that the last slow hosts of one do not hold up the others
+WRITES = 32  # images being decoded or written to the store
+FLUSH = 5.0  # seconds between two writes of a ledger: what a kill makes us look for in the store again
+REPORT = 15.0  # seconds between two lines of progress
+
+
+@dataclass
+class Tally:
+    """What a task has done, for its lines of progress."""
+
+    total: int = 0  # URLs of its parts that were to do
+    done: Counter[str] = field(default_factory=Counter)  # by status, or status and reason
+    bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, line: Line) -> None:
+        self.done[line.status if line.status == OK else f"{line.status}: {line.reason}"] += 1
+        self.bytes += line.bytes
+
+    def text(self) -> str:
+        """Share, rate, errors by class, time left."""
+        done, seconds = self.done.total(), time.monotonic() - self.started
+        rate = done / max(seconds, 1e-9)
+        left = (self.total - done) / rate if done else 0.0
+        classes = ", ".join(f"{count} {name}" for name, count in self.done.most_common())
+        megabytes = self.bytes / 1e6 / max(seconds, 1e-9)
+        return f"{done} of {self.total} URLs, {rate:.0f}/s, {megabytes:.1f} MB/s, {left:.0f} s left: {classes}"
+
+
+class Download:
+    """One process that fetches groups of parts. ``retry``: classes of failures to fetch again; none = what is due."""
+
+    def __init__(self, fetcher: Fetcher, out: Store, images: Store, recoding: Recode, retry: Sequence[str]) -> None:
+        self.fetcher, self.out, self.images = fetcher, out, images
+        self.recoding, self.retry = recoding, frozenset(retry)
+        self.threads = ThreadPoolExecutor(WRITES, "image")
+        # Pictures that are decoded at once: more than cores would only cost memory.
+        self.decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
+        self.tally = Tally()
+
+    async def parts(self, parts: Sequence[Part]) -> Tally:
+        """Fetch these parts, those of a group one after the other, since they share hosts."""
+        self.tally.total = sum(part.urls for part in parts)
+        slots = asyncio.Semaphore(AT_ONCE)
+        reporter = asyncio.create_task(self.report())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _, members in groupby(parts, key=lambda part: part.group):
+                    tasks.create_task(self.group(list(members), slots))
+        finally:
+            reporter.cancel()
+            self.threads.shutdown(cancel_futures=True)
+        return self.tally
+
+    async def group(self, parts: Sequence[Part], slots: asyncio.Semaphore) -> None:
+        async with slots:
+            for part in parts:
+                await self.part(part)
+
+    async def part(self, part: Part) -> None:
+        ledger = await asyncio.to_thread(Ledger, self.out, part.name)
+        urls = await asyncio.to_thread(read_urls, self.out, part)
+        todo = [url for url in urls if self.wants(ledger.lines.get(image_key(url)), time.time())]
+        self.tally.total -= len(urls) - len(todo)
+        if not todo and not ledger.begun:
+            return
+        unsure = ledger.begun  # what was stored in the seconds before a process died has no line yet
+        await asyncio.to_thread(ledger.flush)
+        over, waiting = asyncio.Event(), iter(todo)
+        flusher = asyncio.create_task(self.flushing(ledger, over))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(min(PENDING, len(todo))):
+                    tasks.create_task(self.some(waiting, ledger, unsure))
+        finally:
+            over.set()
+            await flusher
+        await asyncio.to_thread(ledger.finish)
+
+    def wants(self, line: Line | None, now: float) -> bool:
+        if line is None:
+            return not self.retry
+        if self.retry:
+            return line.status != OK and line.reason in self.retry
+        return line.status == RETRY and (line.retry_at or 0.0) <= now
+
+    async def some(self, urls: Iterator[str], ledger: Ledger, unsure: bool) -> None:
+        for url in urls:
+            known = ledger.lines.get(image_key(url))
+            attempts = known.attempts if known else 0
+            line = await self.found(url) if unsure and known is None else None
+            line = line or await self.one(url, attempts)
+            ledger.add(line)
+            self.tally.add(line)
+
+    async def found(self, url: str) -> Line | None:
+        """The line of an image that is in the store already."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, self.line_of_stored, url)
+
+    def line_of_stored(self, url: str) -> Line | None:
+        key = image_key(url)
+        try:
+            data = self.images.read(key)
+        except MissingKey:
+            return None
+        return with_image(Line(key, OK, "", 1, host=host_of(url), time=time.time()), recode(data, Recode()))
+
+    async def one(self, url: str, attempts: int) -> Line:
+        """Fetch, check, perhaps re-encode, store: the bytes count against the fetcher's budget until they are stored."""
+        async with self.fetcher.fetched(url) as outcome:
+            line = Line(
+                image_key(url),
+                outcome.status,
+                outcome.reason,
+                attempts + outcome.attempts,
+                bytes=outcome.bytes,
+                host=outcome.host,
+                time=time.time(),
+                retry_at=outcome.retry_at,
+            )
+            if outcome.data is None:
+                return line
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self.keep, line, outcome.data)
+
+    def keep(self, line: Line, data: bytes) -> Line:
+        try:
+            with self.decoders:
+                image = recode(data, self.recoding)
+        except UnreadableImage:
+            return replace(line, status=POISON, reason="not_an_image")
+        size = f"{image.original_width}x{image.original_height}"
+        self.images.write(line.key, image.data, {"sha256": image.sha256, "original-size": size})
+        return with_image(line, image)
+
+    async def flushing(self, ledger: Ledger, over: asyncio.Event) -> None:
+        while not over.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), FLUSH)
+            await asyncio.to_thread(ledger.flush)
+
+    async def report(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT)
+            print(self.tally.text(), flush=True)
+
+
+def with_image(line: Line, image: Recoded) -> Line:
+    return replace(
+        line,
+        stored=len(image.data),
+        sha256=image.sha256,
+        width=image.width,
+        height=image.height,
+        original_width=image.original_width,
+        original_height=image.original_height,
+    )
+
+
+def fetch(parts: Sequence[Part], out: Store, images: Store, web: Web, recoding: Recode, retry: Sequence[str]) -> Tally:
+    """Fetch what is to do of these parts; what it came to. A store that fails raises, and what is stored stays."""
+
+    async def run() -> Tally:
+        async with Fetcher(web) as fetcher:
+            return await Download(fetcher, out, images, recoding, retry).parts(parts)
+
+    try:
+        return asyncio.run(run())
+    except* (ConfigError, StoreError) as errors:
+        raise first(errors) from None
