@@ -30,7 +30,8 @@ from hpc_mm.config import (
     with_overrides,
 )
 from hpc_mm.data.batch import normalised
-from hpc_mm.data.images import UnreadableImage, decode
+from hpc_mm.data.images import decode
+from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.schema import Sample, Text
 from hpc_mm.data.shards import BrokenShard, read_samples
 from hpc_mm.data.store import MissingKey, StoreError, open_store

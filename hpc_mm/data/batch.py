@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN, ConfigError, ImageSpec, Source
-from hpc_mm.data.images import UnreadableImage, decode
+from hpc_mm.data.images import decode
+from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.schema import Image, Sample, Text
 
 IGNORED = -100  # the label of a token that is no target

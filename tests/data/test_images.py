@@ -15,7 +15,8 @@ from samples import SPEC, encoded, picture
 
 from hpc_mm.config import ImageSpec
 from hpc_mm.data.batch import normalised
-from hpc_mm.data.images import MAX_PIXELS, ORIENTATION, TRANSPOSE, UnreadableImage, decode
+from hpc_mm.data.images import decode
+from hpc_mm.data.pictures import MAX_PIXELS, ORIENTATION, TRANSPOSE, UnreadableImage
 
 
 def spec(size: int) -> ImageSpec:

@@ -1,0 +1,119 @@
+"""What is stored of a downloaded image: its own bytes, once they have been decoded, or a smaller JPEG. Never torch."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from pydantic import Field
+
+from hpc_mm.config import Part, Positive
+from hpc_mm.data.pictures import MAX_PIXELS, TRANSPOSE, as_rgb, draft_to, opened_picture, orientation
+
+DRAFT_MARGIN = (
+    2  # a drafted JPEG is so many times as large as wanted; with less it is further from Lanczos than INTER_AREA
+)
+REDUCING_GAP = 2  # pixels are averaged in whole blocks down to so many times the wanted size, then filtered
+
+
+class Recode(Part):
+    """How an image is stored. The modes are img2dataset's, but an image is never enlarged."""
+
+    resize: Literal["none", "border", "keep_ratio", "center_crop"] = Field(
+        "none",
+        description="none = the bytes as they came; keep_ratio = short side at most size; border = whole picture on a "
+        "white square of size; center_crop = middle square of size (smaller pictures on white)",
+    )
+    size: Positive = Field(256, description="pixels of the side that resize names")
+    quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="of the JPEG that resize writes")
+    max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = Field(
+        MAX_PIXELS, description="width x height above which an image is refused by its header"
+    )
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """What is to be stored. Sides are those of the upright picture, in pixels."""
+
+    data: bytes
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+    sha256: str  # of data, in hex
+
+
+def recode(data: bytes, options: Recode) -> StoredImage:
+    """Check by decoding that ``data`` is a picture, and shrink it as asked; UnreadableImage where it is none.
+
+    A new JPEG is upright, RGB, on white where the picture was transparent, 4:2:0, without metadata; of an animation it
+    is the first frame. A JPEG that is already as wanted keeps its bytes. The same bytes give the same result with the
+    same version of Pillow. Safe with threads: all heavy work is done without the interpreter's lock.
+    """
+    with opened_picture(data, options.max_pixels) as image:
+        stored, turn = image.size, orientation(image)
+        original = stored[::-1] if turn >= 5 else stored
+        target, canvas = sizes(stored, options)
+        upright_canvas = canvas[::-1] if turn >= 5 else canvas
+        if options.resize == "none" or (canvas == stored and is_plain(image, turn)):
+            check_pixels(image)
+            kept, shown = data, original
+        else:
+            small = shrunk(image, target)
+            kept, shown = as_jpeg(framed(turned(small, turn), upright_canvas), options.quality), upright_canvas
+    return StoredImage(kept, *shown, *original, hashlib.sha256(kept).hexdigest())
+
+
+def sizes(stored: tuple[int, int], options: Recode) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height that the picture is resized to, and those of the result, which cuts it or has a white margin."""
+    if options.resize == "none":
+        return stored, stored
+    side = max(stored) if options.resize == "border" else min(stored)
+    share = min(1.0, options.size / side)
+    width, height = (max(1, round(length * share)) for length in stored)
+    target = width, height
+    return target, target if options.resize == "keep_ratio" else (options.size, options.size)
+
+
+def is_plain(image: Image.Image, turn: int) -> bool:
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and turn not in TRANSPOSE
+
+
+def check_pixels(image: Any) -> None:
+    """Read every byte of the picture; of a JPEG all coefficients, but pixels for an eighth of each side only."""
+    if image.format == "JPEG":
+        image.draft("L", (1, 1))
+    image.load()
+
+
+def shrunk(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """The picture in RGB and as large as ``target``, no further from Lanczos than OpenCV's INTER_AREA and as fast."""
+    whole = image.size
+    width, height = draft_to(image, min(target), DRAFT_MARGIN)
+    picture = as_rgb(image)
+    if target == whole:
+        return picture
+    kernel = Image.Resampling.HAMMING if (width, height) == whole else Image.Resampling.BICUBIC
+    return picture.resize(target, kernel, (0, 0, width, height), REDUCING_GAP)
+
+
+def turned(picture: Image.Image, turn: int) -> Image.Image:
+    return picture.transpose(TRANSPOSE[turn]) if turn in TRANSPOSE else picture
+
+
+def framed(picture: Image.Image, canvas: tuple[int, int]) -> Image.Image:
+    """The middle of the picture, on white where it is smaller than ``canvas``."""
+    if picture.size == canvas:
+        return picture
+    frame = Image.new("RGB", canvas, "white")
+    frame.paste(picture, ((canvas[0] - picture.width) // 2, (canvas[1] - picture.height) // 2))
+    return frame
+
+
+def as_jpeg(picture: Image.Image, quality: int) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality, comment=b"")  # else a JPEG's comment is copied
+    return file.getvalue()
