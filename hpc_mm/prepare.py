@@ -10,25 +10,32 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, model_validator
 
 from hpc_mm.config import ConfigError, Part, Positive, parse_arguments, unknown, validated
 from hpc_mm.data.documents import BrokenRecord, Record
-from hpc_mm.data.records import ENDINGS, DamagedFile, read_records
+from hpc_mm.data.records import ENDINGS, DamagedFile, check_columns, read_records
 from hpc_mm.data.schema import Sample, image_key
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
-from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
+from hpc_mm.data.sources import open_source
+from hpc_mm.data.store import MissingKey, Store, StoreError, checked, open_store
 
 PARTS = "parts"  # folder of the done markers, one per source file
 AHEAD = 64  # records whose images are being fetched
+NAMED = 3  # places of each mistake that are told
 
 
 class Preparation(Part):
     """What every data_prep/ script takes."""
 
-    source: str = Field(description="file or folder of records: a path or s3://bucket/prefix")
+    WORK: ClassVar[frozenset[str]] = frozenset({"source", "images", "out", "tasks", "task", "reads"})
+    """How the work is done; everything else must be the same for all parts of a corpus."""
+    TEXT_ALONE: ClassVar[bool] = False
+    """Whether a sample may have no image."""
+
+    source: str = Field(description="file or folder of records: a path, s3://bucket/prefix or https://...")
     images: str = Field(description="store in which the images lie under sha256(url)")
     out: str = Field(description="folder of shards to write: a path or s3://bucket/prefix")
     tasks: Positive = Field(1, description="jobs that share the work; task i takes every tasks-th file from i on")
@@ -36,7 +43,31 @@ class Preparation(Part):
     reads: Positive = Field(32, description="images fetched at once")
     shard_mb: Positive = Field(256, description="size at which a shard is closed, MiB")
     min_image_bytes: int = Field(0, ge=0, description="smaller image files are left out")
-    columns: str = Field("", description="names of a .tsv file's values in order, with commas; it has no header")
+    columns: str = Field("", description="names of a .tsv file's values, with commas; empty = its first line has them")
+
+    def column_names(self) -> list[str]:
+        return [name for name in self.columns.split(",") if name]
+
+    def needed_columns(self) -> list[str]:
+        """Columns without which a file is not of this corpus."""
+        return []
+
+    def parts(self) -> tuple[Store, list[SourcePart]]:
+        """The store of the source and what of it is done or not done as a whole."""
+        return source_parts(self.source)
+
+    def records(self, store: Store, part: SourcePart) -> Iterator[Record | BrokenRecord]:
+        """The records of a part, in order."""
+        return read_records(store, part.key, self.column_names())
+
+    def check(self, store: Store, part: SourcePart) -> None:
+        """DamagedFile if a part has not the columns that are needed."""
+        if self.needed_columns():
+            check_columns(store, part.key, self.needed_columns(), self.column_names())
+
+    def key(self, name: str) -> str:
+        """Where an image that a record names lies in the store of images."""
+        return image_key(name)
 
     def smallest(self, record: Record) -> int:
         """Bytes that an image of this record must have."""
@@ -55,8 +86,21 @@ class Documents(Preparation):
     max_images: Positive = Field(16, description="images kept per document; training takes its first readable ones")
 
 
-# How the work is done; everything else must be the same for all parts of a corpus.
-WORK = ("source", "images", "out", "tasks", "task", "reads")
+class NamedImages(Preparation):
+    """What scripts take whose records name image files, or URLs, whose images lie under sha256(url)."""
+
+    images: str = Field(description="folder or store of the image files under their names; of URLs under sha256(url)")
+    strip: str = Field("", description="start of the records' image names that is not in the store: /data/images/")
+
+    def key(self, name: str) -> str:
+        if name.startswith(("http://", "https://")):
+            return image_key(name)
+        try:
+            name.encode()
+            return checked(name.removeprefix(self.strip).removeprefix("./"))
+        except ValueError:
+            raise BrokenRecord("an image's name is no path inside a folder") from None
+
 
 Options = TypeVar("Options", bound=Preparation)
 Urls = Callable[[Record, Options], list[str]]  # the images that a record wants
@@ -73,10 +117,13 @@ class SourcePart:
 
     key: str
     bytes: int
+    split: str = ""  # of a benchmark
 
     @property
     def name(self) -> str:
         """Starts the names of its shards and samples."""
+        if self.split:
+            return self.split
         ending = next(ending for ending in ENDINGS if self.key.endswith(ending))
         return re.sub(r"[^A-Za-z0-9]+", "-", self.key.removesuffix(ending)).strip("-") or "part"
 
@@ -87,14 +134,9 @@ class SourcePart:
 
 def source_parts(address: str) -> tuple[Store, list[SourcePart]]:
     """The store and the files of records at an address, which is one such file or a folder of them."""
-    if address.endswith(ENDINGS):
-        folder, _, name = address.rpartition("/")
-        store = open_store(folder or ".")
-        size = store.size(name)
-        if size is None:
-            raise ConfigError(f"source={address} does not exist")
-        return store, [SourcePart(name, size)]
-    store = open_store(address)
+    store, name = open_source(address, ENDINGS)
+    if name:
+        return store, [SourcePart(name, store.size(name) or 0)]
     parts = [SourcePart(entry.key, entry.size) for entry in store.list() if entry.key.endswith(ENDINGS)]
     if not parts:
         raise ConfigError(f"source={address} holds no {', '.join(ENDINGS)} files")
@@ -121,7 +163,7 @@ def read_marker(out: Store, part: SourcePart, options: Preparation) -> dict[str,
 
 
 def kept_options(options: Preparation) -> dict[str, Any]:
-    return options.model_dump(mode="json", exclude=set(WORK))
+    return options.model_dump(mode="json", exclude=set(options.WORK))
 
 
 # ---------------------------------------------------------------- one part
@@ -188,7 +230,7 @@ def start_fetching(
     if isinstance(record, BrokenRecord):
         return record
     try:
-        keys = {image_key(url) for url in urls(record)}
+        keys = {options.key(url) for url in urls(record)}
     except BrokenRecord as reason:
         return reason
     except (AttributeError, UnicodeEncodeError):
@@ -202,7 +244,9 @@ def prepare_part(
 ) -> dict[str, Any]:
     """Write the shards of one file of records, then its done marker, which is returned."""
     counts: Counter[str] = Counter()
-    records = read_records(store, part.key, options.columns.split(","))
+    places: dict[str, list[str]] = {}
+    options.check(store, part)
+    records = options.records(store, part)
     found = fetched(records, lambda record: urls(record, options), open_store(options.images), options)
     with ShardWriter(out, part.name, options.shard_mb * 2**20, manifest=False) as writer, closing(found):
         for number, item in enumerate(found):
@@ -214,8 +258,11 @@ def prepare_part(
                 sample = arrange(item.record, f"{part.name}-{number:08d}", images, options)
             except BrokenRecord as reason:
                 counts[f"left out: {reason}"] += 1
+                place = reason.place or (item.record.place if isinstance(item, Fetched) else "")
+                if len(places.setdefault(str(reason), [])) < NAMED:
+                    places[str(reason)].append(place)
                 continue
-            if not sample.images:
+            if not sample.images and not options.TEXT_ALONE:
                 counts["left out: no image"] += 1
                 continue
             counts["samples"] += 1
@@ -226,6 +273,7 @@ def prepare_part(
         "options": kept_options(options),
         "shards": [asdict(shard) for shard in writer.shards],
         "counts": dict(counts),
+        "places": places,
     }
     out.write(part.marker, json.dumps(marker, indent=1).encode())
     return marker
@@ -247,7 +295,8 @@ def prepare(options: Options, urls: Urls[Options], arrange: Arrange[Options]) ->
     The task that finds every part done writes the statistics and then the manifest, which declares the corpus whole.
     A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task.
     """
-    store, parts = source_parts(options.source)
+    store, parts = options.parts()
+    options.check(store, parts[0])
     if options.tasks > len(parts):
         raise ConfigError(f"tasks={options.tasks} is more than the {len(parts)} files of source={options.source}")
     out = open_store(options.out, make=True)
@@ -261,6 +310,8 @@ def prepare(options: Options, urls: Urls[Options], arrange: Arrange[Options]) ->
                 failed.append(f"{part.key}: {error}")
                 continue
             print(f"{part.key}: {summary(done['counts'])}")
+            for reason, places in done["places"].items():
+                print("".join(f"{place}: {reason}\n" for place in places), end="")
     if failed:
         raise DamagedFile("\n".join([*failed, f"{len(failed)} files are not done"]))
     markers = [read_marker(out, part, options) for part in parts]
@@ -269,6 +320,8 @@ def prepare(options: Options, urls: Urls[Options], arrange: Arrange[Options]) ->
     if len(whole) < len(parts):
         return None
     counts = sum((Counter(marker["counts"]) for marker in whole), Counter[str]())
+    if not counts["records"]:
+        raise ConfigError(f"source={options.source} holds no records")
     out.write("stats.json", json.dumps(counts, indent=1).encode())
     write_manifest(out, [ShardInfo(**shard) for marker in whole for shard in marker["shards"]])
     print(f"{options.out}: {summary(counts)}")
