@@ -18,8 +18,6 @@ class Vizwiz(annotations.Questions):
     SPLITS: ClassVar[tuple[Split, ...]] = tuple(
         Split(name, ((f"{name}.json",),), f"{name}/{{image}}") for name in ("train", "val", "test")
     )
-        Split(split, ((f"{split}.json",),), f"{split}/{{image}}") for split in ("train", "val", "test")
-    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What data_prep/ scripts of benchmarks share: published annotations are read, joined by image, and become shards.
 
-A benchmark is one sample per image. Its id is the benchmark's image id, its metadata the split, the image's file name, and
-either ``captions`` or ``questions``, each with its ``answers`` as published; test splits have none. The shards of a split
-are named after it.
+A benchmark is one sample per image. Its id is the benchmark's image id, its metadata the split, the image's file name,
+and either ``captions`` or ``questions``, each with its ``answers`` as published; test splits have none. The shards of a
+split are named after it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Disagreement(Exception):
 
 @dataclass(frozen=True)
 class Split:
-    """A split by its published files, of which any choice is read together: one that holds all, or questions and answers.
+    """A split by its published files: any of the choices, each one file that holds all, or questions and answers.
 
     ``images``: the name of an image's file by its id, such as ``val2014/COCO_val2014_{image:012d}.jpg``.
     """
@@ -73,7 +73,8 @@ class Published:
         try:
             with opened(self.store, key, self.store.size(key) or 0) as file:
                 if key.endswith(".zip"):
-                    data = zipfile.ZipFile(file).open(member).read(LARGEST)
+                    with zipfile.ZipFile(file).open(member) as part:
+                        data = part.read(LARGEST)
                 else:
                     data = gzip.GzipFile(fileobj=file).read(LARGEST) if key.endswith(".gz") else file.read(LARGEST)
             if len(data) == LARGEST:
@@ -146,15 +147,14 @@ class Benchmark(prepare.NamedImages):
         files = published(self.source)
         split = next(split for split in self.SPLITS if split.name == part.split)
         names = chosen(split, files)
+        where = " and ".join(names)
         try:
-            for record in self.images_of(split, [files.read(name) for name in names]):
-                yield Record(record, f"{' and '.join(names)} image {record['id']}")
+            found = list(self.images_of(split, [files.read(name) for name in names]))
         except Disagreement as error:
-            raise DamagedFile(f"{' and '.join(names)}: {error}") from None
+            raise DamagedFile(f"{where}: {error}") from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DamagedFile(
-                f"{' and '.join(names)}: not the published form ({type(error).__name__}: {error})"
-            ) from None
+            raise DamagedFile(f"{where}: not the published form ({type(error).__name__}: {error})") from None
+        yield from (Record(record, f"{where} image {record['id']}") for record in found)
 
     @abstractmethod
     def images_of(self, split: Split, files: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -216,18 +216,15 @@ def karpathy(name: str, *splits: str) -> tuple[Split, ...]:
 
 
 class Questions(Benchmark):
-    """Benchmarks of questions about images, in the form of VQA's two files, or with the answers in the questions' file."""
+    """Benchmarks of questions about images in the form of VQA's two files, or with the answers beside the questions."""
 
     def images_of(self, split: Split, files: Sequence[Any]) -> Iterator[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for entry in joined(*map(listed, files)):
-            name = entry.get("image", entry.get("image_id"))
-            image = {
-                "id": str(name).partition(".")[0],
-                "split": split.name,
-                "file_name": split.images.format(image=name),
-            }
-            found.setdefault(image["id"], {**image, "questions": []})["questions"].append(question(entry))
+            name = entry["image"] if "image" in entry else entry["image_id"]
+            image = {"id": str(name).partition(".")[0], "split": split.name, "questions": []}
+            image["file_name"] = split.images.format(image=name)
+            found.setdefault(str(name), image)["questions"].append(question(entry))
         yield from found.values()
 
 
@@ -266,21 +263,19 @@ def joined(
         return
     answers = by_id(annotations, "annotations")
     asked = by_id(questions, "questions")
-    for one, other, what in (
-        (asked, answers, "questions without annotation"),
-        (answers, asked, "annotations without question"),
-    ):
-        alone = [number for number in one if number not in other]
-        if alone:
-            raise Disagreement(
-                f"{len(alone)} {what}: {', '.join(map(str, alone[:TOLD]))}{', ...' * (len(alone) > TOLD)}"
-            )
+    complain([number for number in asked if number not in answers], "questions have no annotation")
+    complain([number for number in answers if number not in asked], "annotations have no question")
     for number, entry in asked.items():
-        if answers[number]["image_id"] != entry["image_id"]:
-            raise Disagreement(
-                f"question {number} is about two images: {entry['image_id']}, {answers[number]['image_id']}"
-            )
+        images = (entry["image_id"], answers[number]["image_id"])
+        if images[0] != images[1]:
+            raise Disagreement(f"question {number} is about image {images[0]}, its annotation about {images[1]}")
         yield {**answers[number], **entry}
+
+
+def complain(numbers: Sequence[Any], what: str) -> None:
+    if numbers:
+        first = ", ".join(map(str, numbers[:TOLD]))
+        raise Disagreement(f"{len(numbers)} {what}: {first}{', ...' if len(numbers) > TOLD else ''}")
 
 
 def by_id(entries: list[dict[str, Any]], what: str) -> dict[Any, dict[str, Any]]:
