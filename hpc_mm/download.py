@@ -15,7 +15,7 @@ from itertools import groupby
 
 from hpc_mm.data.ledger import OK, POISON, RETRY, Ledger, Line
 from hpc_mm.data.pictures import UnreadableImage
-from hpc_mm.data.recode import Recode, Recoded, recode
+from hpc_mm.data.recode import Recode, StoredImage, recode
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store
 from hpc_mm.data.wanted import Part, host_of, read_urls
@@ -135,9 +135,9 @@ class Download:
             line = Line(
                 image_key(url),
                 outcome.status,
-                outcome.reason,
-                attempts + outcome.attempts,
-                bytes=outcome.bytes,
+                "" if outcome.status == OK else outcome.reason,
+                attempts + 1,
+                bytes=outcome.received,
                 host=outcome.host,
                 time=time.time(),
                 retry_at=outcome.retry_at,
@@ -168,7 +168,7 @@ class Download:
             print(self.tally.text(), flush=True)
 
 
-def with_image(line: Line, image: Recoded) -> Line:
+def with_image(line: Line, image: StoredImage) -> Line:
     return replace(
         line,
         stored=len(image.data),

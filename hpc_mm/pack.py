@@ -15,13 +15,15 @@ from pydantic import Field, model_validator
 
 from hpc_mm.config import ConfigError, Part, Positive
 from hpc_mm.data.documents import BrokenRecord, Record
-from hpc_mm.data.records import ENDINGS, DamagedFile, read_records
+from hpc_mm.data.records import ENDINGS, DamagedFile, check_columns, read_records
 from hpc_mm.data.schema import Sample, image_key
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
+from hpc_mm.data.sources import open_source
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
 
 PARTS = "parts"  # folder of the done markers, one per source file
-AHEAD = 64  # records whose images are being fetched
+AHEAD = 64  # records whose images are being read
+NAMED = 3  # places of each mistake that are told
 
 
 class Packing(Part):
@@ -29,6 +31,8 @@ class Packing(Part):
 
     WORK: ClassVar[frozenset[str]] = frozenset({"source", "images", "out", "tasks", "task", "reads"})
     """How the work is done; everything else must be the same for all parts of a corpus."""
+    TEXT_ALONE: ClassVar[bool] = False
+    """Whether a sample may have no image."""
 
     source: str = Field(description="file or folder of records: a path, s3://bucket/prefix or https://...")
     out: str = Field(description="folder of shards to write: a path or s3://bucket/prefix")
@@ -38,7 +42,31 @@ class Packing(Part):
     reads: Positive = Field(32, description="images read at once")
     shard_mb: Positive = Field(256, description="size at which a shard is closed, MiB")
     min_image_bytes: int = Field(0, ge=0, description="smaller image files are left out")
-    columns: str = Field("", description="names of a .tsv file's values in order, with commas; it has no header")
+    columns: str = Field("", description="names of a .tsv file's values, with commas; empty = its first line has them")
+
+    def column_names(self) -> list[str]:
+        return [name for name in self.columns.split(",") if name]
+
+    def needed_columns(self) -> list[str]:
+        """Columns without which a file is not of this corpus."""
+        return []
+
+    def parts(self) -> tuple[Store, list[SourcePart]]:
+        """The store of the source and what of it is done or not done as a whole."""
+        return source_parts(self.source)
+
+    def records(self, store: Store, part: SourcePart) -> Iterator[Record | BrokenRecord]:
+        """The records of a part, in order."""
+        return read_records(store, part.key, self.column_names())
+
+    def check(self, store: Store, part: SourcePart) -> None:
+        """DamagedFile if a part has not the columns that are needed."""
+        if self.needed_columns():
+            check_columns(store, part.key, self.needed_columns(), self.column_names())
+
+    def key(self, name: str) -> str:
+        """Where an image that a record names lies in the store of images."""
+        return image_key(name)
 
     def smallest(self, record: Record) -> int:
         """Bytes that an image of this record must have."""
@@ -66,10 +94,13 @@ class SourcePart:
 
     key: str
     bytes: int
+    split: str = ""  # of a benchmark
 
     @property
     def name(self) -> str:
         """Starts the names of its shards and samples."""
+        if self.split:
+            return self.split
         ending = next(ending for ending in ENDINGS if self.key.endswith(ending))
         return re.sub(r"[^A-Za-z0-9]+", "-", self.key.removesuffix(ending)).strip("-") or "part"
 
@@ -80,14 +111,9 @@ class SourcePart:
 
 def source_parts(address: str) -> tuple[Store, list[SourcePart]]:
     """The store and the files of records at an address, which is one such file or a folder of them."""
-    if address.endswith(ENDINGS):
-        folder, _, name = address.rpartition("/")
-        store = open_store(folder or ".")
-        size = store.size(name)
-        if size is None:
-            raise ConfigError(f"source={address} does not exist")
-        return store, [SourcePart(name, size)]
-    store = open_store(address)
+    store, name = open_source(address, ENDINGS)
+    if name:
+        return store, [SourcePart(name, store.size(name) or 0)]
     parts = [SourcePart(entry.key, entry.size) for entry in store.list() if entry.key.endswith(ENDINGS)]
     if not parts:
         raise ConfigError(f"source={address} holds no {', '.join(ENDINGS)} files")
@@ -171,9 +197,9 @@ def fetched(
         threads.shutdown(cancel_futures=True)
 
 
-def keys_of(urls: list[str]) -> set[str]:
+def keys_of(urls: list[str], options: Packing) -> set[str]:
     try:
-        return {image_key(url) for url in urls}
+        return {options.key(url) for url in urls}
     except (AttributeError, UnicodeEncodeError):
         raise BrokenRecord("a URL is not text") from None
 
@@ -188,7 +214,7 @@ def start_fetching(
     if isinstance(record, BrokenRecord):
         return record
     try:
-        keys = keys_of(urls(record))
+        keys = keys_of(urls(record), options)
     except BrokenRecord as reason:
         return reason
     smallest = options.smallest(record)
@@ -200,7 +226,9 @@ def prepare_part(
 ) -> dict[str, Any]:
     """Write the shards of one file of records, then its done marker, which is returned."""
     counts: Counter[str] = Counter()
-    records = read_records(store, part.key, options.columns.split(","))
+    places: dict[str, list[str]] = {}
+    options.check(store, part)
+    records = options.records(store, part)
     found = fetched(records, lambda record: urls(record, options), open_store(options.images), options)
     with ShardWriter(out, part.name, options.shard_mb * 2**20, manifest=False) as writer, closing(found):
         for number, item in enumerate(found):
@@ -212,8 +240,11 @@ def prepare_part(
                 sample = arrange(item.record, f"{part.name}-{number:08d}", images, options)
             except BrokenRecord as reason:
                 counts[f"left out: {reason}"] += 1
+                place = reason.place or (item.record.place if isinstance(item, Fetched) else "")
+                if len(places.setdefault(str(reason), [])) < NAMED:
+                    places[str(reason)].append(place)
                 continue
-            if not sample.images:
+            if not sample.images and not options.TEXT_ALONE:
                 counts["left out: no image"] += 1
                 continue
             counts["samples"] += 1
@@ -224,6 +255,7 @@ def prepare_part(
         "options": kept_options(options),
         "shards": [asdict(shard) for shard in writer.shards],
         "counts": dict(counts),
+        "places": places,
     }
     out.write(part.marker, json.dumps(marker, indent=1).encode())
     return marker
@@ -245,7 +277,8 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
     The task that finds every part done writes the statistics and then the manifest, which declares the corpus whole.
     A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task.
     """
-    store, parts = source_parts(options.source)
+    store, parts = options.parts()
+    options.check(store, parts[0])
     out = open_store(options.out, make=True)
     failed: list[str] = []
     for number, part in enumerate(parts):
@@ -257,6 +290,8 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
                 failed.append(f"{part.key}: {error}")
                 continue
             print(f"{part.key}: {summary(done['counts'])}")
+            for reason, places in done["places"].items():
+                print("".join(f"{place}: {reason}\n" for place in places), end="")
     if failed:
         raise DamagedFile("\n".join([*failed, f"{len(failed)} files are not done"]))
     markers = [read_marker(out, part, options) for part in parts]
@@ -265,6 +300,8 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
     if len(whole) < len(parts):
         return None
     counts = sum((Counter(marker["counts"]) for marker in whole), Counter[str]())
+    if not counts["records"]:
+        raise ConfigError(f"source={options.source} holds no records")
     out.write("stats.json", json.dumps(counts, indent=1).encode())
     write_manifest(out, [ShardInfo(**shard) for marker in whole for shard in marker["shards"]])
     print(f"{options.out}: {summary(counts)}")

@@ -19,8 +19,8 @@ from hpc_mm import pack
 from hpc_mm.config import ConfigError, Part, Positive, Slurm, parse_arguments, with_overrides
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.recode import Recode
-from hpc_mm.data.records import read_records
-from hpc_mm.data.store import StoreError, open_store
+from hpc_mm.data.schema import image_key
+from hpc_mm.data.store import StoreError, checked, open_store
 from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
 from hpc_mm.data.web import Web
 
@@ -55,6 +55,26 @@ class Documents(Preparation):
     max_images: Positive = Field(16, description="images kept per document; training takes its first readable ones")
 
 
+class NamedImages(Preparation):
+    """What scripts take whose records name image files, or URLs, whose images lie under sha256(url)."""
+
+    images: str = Field("", description="folder or store of the image files under their names; of URLs, sha256(url)")
+    strip: str = Field("", description="start of the records' image names that is not in the store: /data/images/")
+
+    def key(self, name: str) -> str:
+        if is_url(name):
+            return image_key(name)
+        try:
+            name.encode()
+            return checked(name.removeprefix(self.strip).removeprefix("./"))
+        except ValueError:
+            raise BrokenRecord("an image's name is no path inside a folder") from None
+
+
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
 @dataclass(frozen=True)
 class Corpus(Generic[pack.Options]):
     """What a script says of its corpus."""
@@ -68,7 +88,8 @@ class Corpus(Generic[pack.Options]):
 
 def plan(options: Preparation, corpus: Corpus[Any]) -> Plan:
     """List what is to fetch, unless that is done; what the source has now must be what it was made from."""
-    store, parts = pack.source_parts(options.source)
+    store, parts = options.parts()
+    options.check(store, parts[0])
     out, made_from = open_store(options.out, make=True), {part.key: part.bytes for part in parts}
     found = read_plan(out)
     if found is None:
@@ -77,22 +98,22 @@ def plan(options: Preparation, corpus: Corpus[Any]) -> Plan:
     if found.made_from != made_from:
         raise ConfigError(f"{options.out} holds a plan of other files than source={options.source}: use another out")
     print(
-        f"{len(parts)} files name {found.named} images, {found.unique} of them different, on {found.hosts} hosts: "
-        f"{found.present} are in {options.images}, {found.wanted} are to fetch in {len(found.parts)} parts"
+        f"{len(parts)} files name {found.named} images by URL, {found.unique} of them different: {found.present} are in "
+        f"{options.images}, {found.wanted} on {found.hosts} hosts are to fetch, in {len(found.parts)} parts"
     )
     return found
 
 
 def all_urls(options: Preparation, corpus: Corpus[Any]) -> Iterator[str]:
-    store, parts = pack.source_parts(options.source)
+    store, parts = options.parts()
     for part in parts:
-        for record in read_records(store, part.key, options.columns.split(",")):
-            with suppress(BrokenRecord):  # which pack counts
-                if isinstance(record, BrokenRecord):
-                    continue
-                urls = corpus.urls(record, options)
-                pack.keys_of(urls)
-                yield from urls
+        for record in options.records(store, part):
+            if isinstance(record, BrokenRecord):
+                continue  # pack counts it
+            with suppress(BrokenRecord):  # likewise
+                names = corpus.urls(record, options)
+                pack.keys_of(names, options)
+                yield from filter(is_url, names)
 
 
 def fetch(options: Preparation) -> None:

@@ -11,11 +11,21 @@ from numpy.typing import NDArray
 
 from hpc_mm.data.schema import Image, Part, Text, image_key
 
-Record = dict[str, Any]
+
+class Record(dict[str, Any]):
+    """A record by its fields. ``place``: where it was read, such as ``a.jsonl line 12``."""
+
+    def __init__(self, fields: Any = (), place: str = "") -> None:
+        super().__init__(fields)
+        self.place = place
 
 
 class BrokenRecord(Exception):
     """A record that is not of its corpus's schema; the message is the reason, the same for the same mistake."""
+
+    def __init__(self, reason: str, place: str = "") -> None:
+        super().__init__(reason)
+        self.place = place
 
 
 def natural_urls(record: Record) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Text:
     text: str
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Image:
     data: bytes | None = None
     key: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    role: str = ""
 
 
 Part = Text | Image
@@ -26,7 +28,12 @@ Part = Text | Image
 
 @dataclass(frozen=True)
 class Sample:
-    """An ordered list of parts. Pairs, interleaved documents, chats and preference pairs are all Samples."""
+    """An ordered list of parts. Pairs, interleaved documents, chats and preference pairs are all Samples.
+
+    In a chat every part has the ``role`` of its turn: ``system``, ``user`` or ``assistant``. Neighbours of one role are
+    one turn, with its images at their places in its text. A preference pair is a chat followed by the parts of a better
+    answer (``chosen``) and of a worse one (``rejected``), each a turn of the assistant's. Elsewhere roles are empty.
+    """
 
     id: str
     parts: tuple[Part, ...]

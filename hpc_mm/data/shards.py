@@ -207,8 +207,9 @@ def members_of(sample: Sample) -> list[tuple[str, bytes]]:
     parts: list[dict[str, Any]] = []
     files: list[tuple[str, bytes]] = []
     for part in sample.parts:
+        role = {"role": part.role} if part.role else {}
         if isinstance(part, Text):
-            parts.append({"text": part.text})
+            parts.append({"text": part.text, **role})
             continue
         entry: dict[str, Any] = {"facts": part.facts} if part.facts else {}
         if part.key is not None:
@@ -216,7 +217,7 @@ def members_of(sample: Sample) -> list[tuple[str, bytes]]:
         if part.data is not None:
             entry["image"] = f"{len(files)}.{image_suffix(part.data)}"
             files.append((entry["image"], part.data))
-        parts.append(entry)
+        parts.append({**entry, **role})
     head = json.dumps({"parts": parts, "metadata": sample.metadata}, ensure_ascii=False, separators=(",", ":"))
     return [("json", head.encode(errors="replace")), *files]
 
@@ -329,9 +330,9 @@ def assemble(key: str, files: dict[str, bytes]) -> Sample:
 
 def _part(entry: dict[str, Any], files: dict[str, bytes]) -> Part:
     if "text" in entry:
-        return Text(entry["text"])
+        return Text(entry["text"], entry.get("role", ""))
     data = files[entry["image"]] if "image" in entry else None
-    return Image(data, entry.get("image_key"), entry.get("facts", {}))
+    return Image(data, entry.get("image_key"), entry.get("facts", {}), entry.get("role", ""))
 
 
 class ShardReader:

@@ -22,6 +22,7 @@ from hpc_mm.data.shards import (
     check_shards,
     corpus_digest,
     image_suffix,
+    members_of,
     read_index,
     read_manifest,
     read_samples,
@@ -29,9 +30,10 @@ from hpc_mm.data.shards import (
 from hpc_mm.data.store import MissingKey, Store, open_store
 
 facts = st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.text(max_size=5), max_size=2)
-texts = st.builds(Text, st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
-images = st.builds(Image, st.binary(max_size=2000), st.none() | st.text("abc", max_size=5), facts)
-keyed_images = st.builds(Image, st.none(), st.text("abc", min_size=1, max_size=5), facts)
+roles = st.sampled_from(["", "user", "assistant", "chosen"])
+texts = st.builds(Text, st.text(st.characters(exclude_categories=["Cs"]), max_size=20), roles)
+images = st.builds(Image, st.binary(max_size=2000), st.none() | st.text("abc", max_size=5), facts, roles)
+keyed_images = st.builds(Image, st.none(), st.text("abc", min_size=1, max_size=5), facts, roles)
 bodies = st.tuples(st.lists(texts | images | keyed_images, max_size=5), facts)
 
 
@@ -85,6 +87,15 @@ def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:
         write(tmp_path / folder)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_parts_without_roles_are_written_as_before_there_were_any(tmp_path: Path) -> None:
+    sample = Sample("a", (Text("x"), Image(b"1", "k", {"url": "u"}), Image(key="m")), {"n": 1})
+    ((_, head), _) = members_of(sample)
+    assert head == (
+        b'{"parts":[{"text":"x"},{"facts":{"url":"u"},"image_key":"k","image":"0.jpg"},{"image_key":"m"}],'
+        b'"metadata":{"n":1}}'
+    )
 
 
 def test_a_sample_is_one_ranged_read(tmp_path: Path) -> None:
