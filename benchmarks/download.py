@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow
@@ -44,7 +45,7 @@ def photo(seed: int) -> bytes:
 class Answers(asyncio.Protocol):
     """HTTP/1.1 with connections that stay: /N is photo N modulo PHOTOS; robots.txt is not there."""
 
-    photos: list[bytes] = []
+    photos: ClassVar[list[bytes]] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.buffer = transport, b""
@@ -63,7 +64,9 @@ class Answers(asyncio.Protocol):
 async def serve() -> None:
     for seed in range(PHOTOS):
         body = photo(seed)
-        Answers.photos.append(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        Answers.photos.append(
+            b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
     server = await asyncio.get_running_loop().create_server(Answers, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
@@ -84,7 +87,9 @@ class Memory(threading.Thread):
 
 def family(process: int) -> list[int]:
     try:
-        below = [int(word) for file in Path(f"/proc/{process}/task").glob("*/children") for word in file.read_text().split()]
+        below = [
+            int(word) for file in Path(f"/proc/{process}/task").glob("*/children") for word in file.read_text().split()
+        ]
     except OSError:
         return []
     return [process, *(member for child in below for member in family(child))]
@@ -103,7 +108,9 @@ def timed(words: list[str], folder: Path) -> tuple[float, float]:
     """Seconds and MB of a command."""
     started = time.perf_counter()
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"})
+        process = subprocess.Popen(
+            words, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
+        )
         memory = Memory(process.pid)
         memory.start()
         code = process.wait()
@@ -114,7 +121,7 @@ def timed(words: list[str], folder: Path) -> tuple[float, float]:
 
 
 def ours(urls: Path, folder: Path, resize: bool) -> tuple[float, float, int]:
-    words = [sys.executable, "data_prep/pairs.py", f"source={urls}", f"out={folder}/out", f"images={folder}/images"]
+    words = [sys.executable, "data_prep/cc3m.py", f"source={urls}", f"out={folder}/out", f"images={folder}/images"]
     words += ["columns=url,caption", "cluster=local", "web.allow=127.0.0.0/8", "web.host_rate=0"]
     words += ["web.host_connections=64", "web.connections=64"]
     if resize:
@@ -127,12 +134,20 @@ def ours(urls: Path, folder: Path, resize: bool) -> tuple[float, float, int]:
 
 
 def theirs(peer: str, urls: Path, folder: Path, resize: bool) -> tuple[float, float, int]:
-    words = [peer, f"--url_list={urls.with_suffix('.csv')}", "--input_format=csv", "--url_col=url", "--caption_col=caption"]
+    words = [
+        peer,
+        f"--url_list={urls.with_suffix('.csv')}",
+        "--input_format=csv",
+        "--url_col=url",
+        "--caption_col=caption",
+    ]
     words += [f"--output_folder={folder}/out", "--output_format=webdataset", "--processes_count=2", "--thread_count=32"]
     words += ["--resize_mode=keep_ratio" if resize else "--resize_mode=no", f"--image_size={SIZE}"]
     words += [f"--encode_quality={QUALITY}", "--number_sample_per_shard=1000", "--enable_wandb=False", "--retries=0"]
     seconds, memory = timed(words, folder)
-    names = subprocess.run(f"cat {folder}/out/*.tar | tar -itf - | grep -c jpg", shell=True, capture_output=True, text=True)
+    names = subprocess.run(
+        f"cat {folder}/out/*.tar | tar -itf - | grep -c jpg", shell=True, capture_output=True, text=True
+    )
     return seconds, memory, int(names.stdout)
 
 
@@ -177,7 +192,10 @@ def compare(name: str, root: Path, urls: Path, peer: str, resize: bool, count: i
         seconds = statistics.median(seconds for seconds, _ in found)
         runs = " ".join(f"{count / seconds:.0f}" for seconds, _ in found)
         memory = max(memory for _, memory in found)
-        print(f"  {side:12}{count / seconds:7.0f} images/s{base / seconds:7.2f}x{memory:8.0f} MB   rounds {runs}", flush=True)
+        print(
+            f"  {side:12}{count / seconds:7.0f} images/s{base / seconds:7.2f}x{memory:8.0f} MB   rounds {runs}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

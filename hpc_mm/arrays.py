@@ -105,7 +105,7 @@ def queue(options: Preparation, stages: Sequence[str], words: Sequence[str]) -> 
         with frozen(submission, SNAPSHOT, texts):
             pass
         jobs: dict[str, list[str]] = {}
-        for name, text in texts.items():
+        for name in texts:
             stage = name.removesuffix(".sbatch").partition("-")[0]
             after = jobs[before] if (before := previous(stages, stage)) else []
             jobs.setdefault(stage, []).append(submit(submission.folder / name, after))

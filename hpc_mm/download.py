@@ -19,11 +19,12 @@ from hpc_mm.data.recode import Recode, StoredImage, recode
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store
 from hpc_mm.data.wanted import Part, host_of, read_urls
-from hpc_mm.data.web import Fetcher, Outcome, Web
+from hpc_mm.data.web import Fetcher, Web
 
 PENDING = 2000  # URLs of a part that are under way or wait for their host's turn
 AT_ONCE = 4  # groups of parts, so that the last slow hosts of one do not hold up the others
 WRITES = 32  # images being decoded or written to the store
+MOST_HELD = 32 * 2**20  # bytes of bodies that wait for a thread
 FLUSH = 5.0  # seconds between two writes of a ledger: what a kill makes us look for in the store again
 REPORT = 15.0  # seconds between two lines of progress
 
@@ -61,6 +62,7 @@ class Download:
         # Pictures that are decoded at once: more than cores would only cost memory.
         self.decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
         self.tally = Tally()
+        self.held = 0  # bytes
 
     async def parts(self, parts: Sequence[Part]) -> Tally:
         """Fetch these parts, those of a group one after the other, since they share hosts."""
@@ -130,21 +132,33 @@ class Download:
         return with_image(Line(key, OK, "", 1, host=host_of(url), time=time.time()), recode(data, Recode()))
 
     async def one(self, url: str, attempts: int) -> Line:
-        """Fetch, check, perhaps re-encode, store: the bytes count against the fetcher's budget until they are stored."""
-        async with self.fetcher.fetched(url) as outcome:
-            line = Line(
-                image_key(url),
-                outcome.status,
-                "" if outcome.status == OK else outcome.reason,
-                attempts + 1,
-                bytes=outcome.received,
-                host=outcome.host,
-                time=time.time(),
-                retry_at=outcome.retry_at,
-            )
-            if outcome.data is None:
-                return line
+        """Fetch, check, perhaps re-encode, store."""
+        outcome = await self.fetcher.fetch(url)
+        line = Line(
+            image_key(url),
+            outcome.status,
+            "" if outcome.status == OK else outcome.reason,
+            attempts + 1,
+            bytes=outcome.received,
+            host=outcome.host,
+            time=time.time(),
+            retry_at=outcome.retry_at,
+        )
+        if outcome.data is None:
+            return line
+        self.hold(len(outcome.data))
+        try:
             return await asyncio.get_running_loop().run_in_executor(self.threads, self.keep, line, outcome.data)
+        finally:
+            self.hold(-len(outcome.data))
+
+    def hold(self, size: int) -> None:
+        """Count bytes that wait to be stored; nothing more is asked for while they are too many."""
+        self.held += size
+        if self.held > MOST_HELD:
+            self.fetcher.room.clear()
+        else:
+            self.fetcher.room.set()
 
     def keep(self, line: Line, data: bytes) -> Line:
         try:
@@ -168,6 +182,13 @@ class Download:
             print(self.tally.text(), flush=True)
 
 
+def first(error: BaseException) -> BaseException:
+    """One of the errors of tasks that ran side by side; the others are of the same store, or follow from it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def with_image(line: Line, image: StoredImage) -> Line:
     return replace(
         line,
@@ -189,5 +210,5 @@ def fetch(parts: Sequence[Part], out: Store, images: Store, web: Web, recoding: 
 
     try:
         return asyncio.run(run())
-    except* (ConfigError, StoreError) as errors:
-        raise first(errors) from None
+    except BaseExceptionGroup as errors:
+        raise first(errors) from errors

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal
 from pydantic import Field, model_validator
 
 from hpc_mm import pack
-from hpc_mm.config import ConfigError, Part, Positive, Slurm, parse_arguments, with_overrides
+from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, with_overrides
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.recode import Recode
 from hpc_mm.data.schema import image_key
@@ -42,11 +42,11 @@ class Preparation(pack.Packing):
     recode: Recode = Field(Recode(), description="what becomes of an image on its way into the store")
     slurm: Slurm = Field(Slurm(), description="what sbatch is told")
 
-    @model_validator(mode="after")
-    def images_lie_somewhere(self) -> Preparation:
-        if not self.images:
-            self.images = f"{self.out.rstrip('/').rpartition('/')[0] or '.'}/images"
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def images_lie_somewhere(cls, values: dict[str, Any]) -> dict[str, Any]:
+        folder = str(values.get("out", "")).rstrip("/").rpartition("/")[0] or "."
+        return {**values, "images": values.get("images") or f"{folder}/images"}
 
 
 class Documents(Preparation):
@@ -98,8 +98,8 @@ def plan(options: Preparation, corpus: Corpus[Any]) -> Plan:
     if found.made_from != made_from:
         raise ConfigError(f"{options.out} holds a plan of other files than source={options.source}: use another out")
     print(
-        f"{len(parts)} files name {found.named} images by URL, {found.unique} of them different: {found.present} are in "
-        f"{options.images}, {found.wanted} on {found.hosts} hosts are to fetch, in {len(found.parts)} parts"
+        f"{len(parts)} files name {found.named} images by URL, {found.unique} of them different: {found.present} are "
+        f"in {options.images}, {found.wanted} on {found.hosts} hosts are to fetch, in {len(found.parts)} parts"
     )
     return found
 

@@ -52,7 +52,11 @@ class Faults(BaseHTTPRequestHandler):
         answer = connection.getresponse()
         data = answer.read()
         connection.close()
-        kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in ("connection", "transfer-encoding")]
+        kept = [
+            (name, value)
+            for name, value in answer.getheaders()
+            if name.lower() not in ("connection", "transfer-encoding")
+        ]
         self.reply(answer.status, kept, data, cut=fault == "cut")
         return None
 

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 HOSTS = [f"127.0.0.{number}" for number in range(1, 9)]
 
@@ -47,9 +48,9 @@ def image_server(images: Path) -> Iterator[ImageServer]:
 
 
 class Answers(asyncio.Protocol):
-    images: list[bytes] = []
-    asked: dict[str, int] = {}
-    percent = 0
+    images: ClassVar[list[bytes]] = []
+    asked: ClassVar[dict[str, int]] = {}
+    percent: ClassVar[int] = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.buffer = transport, b""

@@ -42,7 +42,7 @@ def write_source(path: Path, server: ImageServer, count: int) -> Path:
 
 def command(source: Path, out: Path, *words: str) -> list[str]:
     places = [f"source={source}", f"out={out}/out", f"images={out}/images"]
-    return [sys.executable, str(ROOT / "data_prep" / "pairs.py"), *places, *WEB, *words]
+    return [sys.executable, str(ROOT / "data_prep" / "cc3m.py"), *places, *WEB, *words]
 
 
 def prepared(source: Path, out: Path, *words: str) -> str:
@@ -62,7 +62,7 @@ def test_from_urls_to_shards(server: ImageServer, tmp_path: Path) -> None:
     source = write_source(tmp_path / "pairs.jsonl", server, 40)
     server.requests()
     said = prepared(source, tmp_path / "one")
-    assert "40 of them different, on 8 hosts: 0 are in" in said and "fetched: ok" in said
+    assert "40 of them different: 0 are in" in said and "40 on 8 hosts are to fetch" in said and "fetched: ok" in said
     assert server.requests() == dict.fromkeys(range(40), 1)
     found = list(read_samples(open_store(str(tmp_path / "one/out"))))
     assert [sample.parts[1].text for sample in found] == [f"caption {number}" for number in range(40)]  # type: ignore[union-attr]
@@ -103,7 +103,7 @@ def test_killed_at_any_moment_the_shards_are_the_same(server: ImageServer, tmp_p
     prepared(source, tmp_path / "quiet", *words)
     draw = random.Random(7)
     server.requests()
-    for number in range(20):
+    for _ in range(20):
         process = subprocess.Popen(
             command(source, tmp_path / "killed", *words),
             stdout=subprocess.DEVNULL,

@@ -41,7 +41,8 @@ class Store(Protocol):
     """Bytes under keys (relative paths with ``/``).
 
     Writing is whole or absent: nobody ever reads half of a value. ``read`` gives bytes [start, end) and raises
-    MissingKey or StoreError; ``write`` takes facts that an object store keeps beside the value, and a folder does not; every verb raises ConfigError where only the user can help (credentials, bucket, folder).
+    MissingKey or StoreError; ``write`` takes facts that an object store keeps beside the value and a folder does not;
+    every verb raises ConfigError where only the user can help (credentials, bucket, folder).
     """
 
     @property

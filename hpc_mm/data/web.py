@@ -209,6 +209,8 @@ class Fetcher:
         self._asking: dict[str, asyncio.Task[tuple[robots.Rules | Unfetched, float]]] = {}
         self._buffers = Buffers(int(settings.buffers_mb * 1e6))
         self._busy = asyncio.Semaphore(settings.connections)
+        self.room = asyncio.Event()  # cleared by one who has more bodies than can be stored: nothing is asked for then
+        self.room.set()
 
     async def __aenter__(self) -> Fetcher:
         self._resolver = CheckedResolver(self._given or SystemResolver(), self._networks)
@@ -286,6 +288,7 @@ class Fetcher:
             raise Unfetched(pause.reason, pause.retry_at) from None
         try:
             async with self._busy:
+                await self.room.wait()
                 return await self._request(url, host, trip, want)
         finally:
             host.leave()

@@ -49,7 +49,10 @@ def write_source(folder: Path, records: list[dict], copies: int) -> Path:
     for copy in range(copies):
         lines = []
         for record in records:
-            urls = [url and f"{url.rpartition('/')[0]}/{int(url.rpartition('/')[2]) + 32 * copy}" for url in record["images"]]
+            urls = [
+                url and f"{url.rpartition('/')[0]}/{int(url.rpartition('/')[2]) + 32 * copy}"
+                for url in record["images"]
+            ]
             lines.append(json.dumps({**record, "images": urls}) + "\n")
         (folder / f"part-{copy}.jsonl").write_text("".join(lines))
     return folder
@@ -72,10 +75,20 @@ def everything(address: str) -> dict[str, bytes]:
 def test_a_slurm_array_of_which_tasks_are_killed(
     slurm: None, ceph: str, real: tuple[ImageServer, list[dict]], tmp_path: Path
 ) -> None:
-    server, records = real
+    _, records = real
     source = write_source(tmp_path / "in", records, 8)
-    values = {**environment(ROOT, tmp_path), **{key: value for key, value in os.environ.items() if key.startswith("AWS_")}}
-    words = [f"source={source}", "shard_mb=1", "part_urls=20", "slurm.cpus_per_task=1", "slurm.memory=500M", "slurm.time=9"]
+    values = {
+        **environment(ROOT, tmp_path),
+        **{key: value for key, value in os.environ.items() if key.startswith("AWS_")},
+    }
+    words = [
+        f"source={source}",
+        "shard_mb=1",
+        "part_urls=20",
+        "slurm.cpus_per_task=1",
+        "slurm.memory=500M",
+        "slurm.time=9",
+    ]
     quiet = prepared(values, *words, f"out={ceph}/quiet/documents", "cluster=local")
     assert "256 of them different" in quiet
     said = prepared(values, *words, f"out={ceph}/array/documents", "tasks=8", "cluster=slurm", "name=array")
@@ -127,9 +140,9 @@ def opens_with_webdataset(address: str, folder: Path, samples: int) -> None:
 
 
 def test_a_store_that_fails_at_times_loses_nothing(
-    ceph: str, real: tuple[ImageServer, list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ceph: str, real: tuple[ImageServer, list[dict]], tmp_path: Path
 ) -> None:
-    server, records = real
+    _, records = real
     source = write_source(tmp_path / "in", records, 4)
     words = [f"source={source}", "cluster=local", "shard_mb=1"]
     prepared(dict(os.environ), *words, f"out={ceph}/peaceful/documents")

@@ -43,7 +43,9 @@ def test_a_plan_is_a_function_of_urls_and_store(tmp_path: Path) -> None:
     for name in ("one", "two"):
         out, images = (open_store(f"{tmp_path}/{name}/{kind}", make=True) for kind in ("out", "images"))
         make_plan(urls if name == "one" else reversed(urls), {}, images, out, 64)
-    files = [{path.name: path.read_bytes() for path in (tmp_path / name / "out/plan").iterdir()} for name in ("one", "two")]
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "out/plan").iterdir()} for name in ("one", "two")
+    ]
     assert files[0] == files[1] and len(files[0]) > 7
 
 
