@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -192,21 +192,30 @@ def make_folder(folder: Path) -> None:
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A hidden file beside ``path`` to write into; it becomes ``path`` when the block ends well, else it goes."""
-    make_folder(path.parent)
-    part = path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
+    part = f"{path.parent}/.{uuid.uuid4().hex}{PARTIAL}"  # system calls alone: images are many and small
+    descriptor = new_file(part, path)
     try:
-        part.touch(exist_ok=False)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
-    try:
-        yield part
-        descriptor = os.open(part, os.O_RDONLY)
+        yield Path(part)
         os.fsync(descriptor)
-        os.close(descriptor)
         os.replace(part, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(part)
         raise
+    finally:
+        os.close(descriptor)
+
+
+def new_file(part: str, path: Path) -> int:
+    """A descriptor of an empty file, in a folder that is made if it is not there. ``path``: what it is to become."""
+    try:
+        try:
+            return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except (FileNotFoundError, NotADirectoryError):
+            make_folder(path.parent)
+            return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------- a value as a file
