@@ -232,9 +232,9 @@ def start_fetching(
     try:
         keys = {options.key(url) for url in urls(record)}
     except BrokenRecord as reason:
-        return reason
+        return BrokenRecord(str(reason), record.place)
     except (AttributeError, UnicodeEncodeError):
-        return BrokenRecord("a URL is not text")
+        return BrokenRecord("a URL is not text", record.place)
     smallest = options.smallest(record)
     return Fetched(record, {key: threads.submit(fetch, store, key, smallest) for key in sorted(keys)})
 
