@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from hpc_mm.config import ConfigError, Part, Positive, parse_arguments, unknown, validated
 from hpc_mm.data.documents import BrokenRecord, Record
-from hpc_mm.data.records import ENDINGS, DamagedFile, check_columns, read_records
+from hpc_mm.data.records import ENDINGS, DamagedFile, check_columns, holds_records, read_records
 from hpc_mm.data.schema import Sample, image_key
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.sources import open_source
@@ -137,7 +137,7 @@ def source_parts(address: str) -> tuple[Store, list[SourcePart]]:
     store, name = open_source(address, ENDINGS)
     if name:
         return store, [SourcePart(name, store.size(name) or 0)]
-    parts = [SourcePart(entry.key, entry.size) for entry in store.list() if entry.key.endswith(ENDINGS)]
+    parts = [SourcePart(entry.key, entry.size) for entry in store.list() if holds_records(entry.key)]
     if not parts:
         raise ConfigError(f"source={address} holds no {', '.join(ENDINGS)} files")
     twice = [name for name, count in Counter(part.name for part in parts).items() if count > 1]
