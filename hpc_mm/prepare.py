@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from hpc_mm.config import ConfigError, Part, Positive, parse_arguments, unknown, validated
 from hpc_mm.data.documents import BrokenRecord, Record
-from hpc_mm.data.records import ENDINGS, DamagedFile, check_columns, holds_records, read_records
+from hpc_mm.data.records import ENDINGS, DamagedFile, WrongColumns, check_columns, holds_records, read_records
 from hpc_mm.data.schema import Sample, image_key
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.sources import open_source
@@ -61,7 +61,7 @@ class Preparation(Part):
         return read_records(store, part.key, self.column_names())
 
     def check(self, store: Store, part: SourcePart) -> None:
-        """DamagedFile if a part has not the columns that are needed."""
+        """WrongColumns if a part has not those that are needed."""
         if self.needed_columns():
             check_columns(store, part.key, self.needed_columns(), self.column_names())
 
@@ -296,7 +296,12 @@ def prepare(options: Options, urls: Urls[Options], arrange: Arrange[Options]) ->
     A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task.
     """
     store, parts = options.parts()
-    options.check(store, parts[0])
+    try:
+        options.check(store, parts[0])  # which says at once that a column's name is wrong
+    except WrongColumns:
+        raise
+    except (DamagedFile, StoreError):
+        pass  # told when it is this part's turn; the others are done
     if options.tasks > len(parts):
         raise ConfigError(f"tasks={options.tasks} is more than the {len(parts)} files of source={options.source}")
     out = open_store(options.out, make=True)

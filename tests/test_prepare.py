@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,7 @@ RECORDS: dict[str, list[dict[str, Any]]] = {  # with nulls and facts that not ev
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_parquet_makes_the_shards_that_json_lines_make(name: str, tmp_path: Path, images: Store) -> None:
+def test_every_kind_of_file_makes_the_same_shards(name: str, tmp_path: Path, images: Store) -> None:
     for folder in ("lines", "parquet"):
         (tmp_path / folder).mkdir()
     write_lines(tmp_path / "lines" / "a.jsonl", RECORDS[name])
@@ -267,11 +268,15 @@ def test_parquet_makes_the_shards_that_json_lines_make(name: str, tmp_path: Path
     table = pyarrow.Table.from_pylist([{**names, **record} for record in RECORDS[name]])
     pyarrow.parquet.write_table(table, tmp_path / "parquet" / "a.parquet")
     small = {"mmc4": {"min_image_bytes": 0}, "omnicorpus": {"min_placed_image_bytes": 0}}.get(name, {})
-    for folder in ("lines", "parquet"):
+    (tmp_path / "zip").mkdir()
+    with zipfile.ZipFile(tmp_path / "zip" / "a.jsonl.zip", "w") as archive:
+        archive.write(tmp_path / "lines" / "a.jsonl", "docs_shard_0_v2.jsonl")
+    folders = ("lines", "parquet", "zip")
+    for folder in folders:
         values = {"source": tmp_path / folder, "images": images.address, "out": tmp_path / f"{folder}-out"}
         assert run(name, **values, **small) == 0
-    found = [list(read_samples(open_store(str(tmp_path / f"{folder}-out")))) for folder in ("lines", "parquet")]
-    assert found[0] == found[1] and len(found[0]) == {"omnicorpus": 3}.get(name, 2)
+    found = [list(read_samples(open_store(str(tmp_path / f"{folder}-out")))) for folder in folders]
+    assert found[0] == found[1] == found[2] and len(found[0]) == {"omnicorpus": 3}.get(name, 2)
 
 
 # ---------------------------------------------------------------- tasks, restarts, kills

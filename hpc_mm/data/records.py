@@ -30,6 +30,10 @@ class DamagedFile(ConfigError):
     """A file of records that cannot be read to its end; the message names it."""
 
 
+class WrongColumns(DamagedFile):
+    """A file of records of something else."""
+
+
 def holds_records(key: str) -> bool:
     """Whether a file of a folder is one of records, by its name."""
     return key.endswith(ENDINGS) and key.rpartition("/")[2] not in BESIDE
@@ -62,7 +66,7 @@ def read_records(store: Store, key: str, columns: Sequence[str] = ()) -> Iterato
 
 
 def check_columns(store: Store, key: str, needed: Sequence[str], columns: Sequence[str] = ()) -> None:
-    """DamagedFile if no record of a file can have one of the ``needed`` columns, since the file has others.
+    """WrongColumns if no record of a file can have one of the ``needed`` columns, since the file has others.
 
     Tables are known by their schema. In JSON a value may be missing by mistake: its first records are looked at.
     """
@@ -75,7 +79,7 @@ def check_columns(store: Store, key: str, needed: Sequence[str], columns: Sequen
         names = list({name: None for record in found if isinstance(record, dict) for name in record})
     missing = [name for name in needed if name not in names]
     if missing and names:
-        raise DamagedFile(f"{store.address}/{key} has no column {', '.join(missing)}: it has {', '.join(names)}")
+        raise WrongColumns(f"{store.address}/{key} has no column {', '.join(missing)}: it has {', '.join(names)}")
 
 
 # ---------------------------------------------------------------- lines
