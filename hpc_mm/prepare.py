@@ -289,6 +289,16 @@ def bytes_of(images: Mapping[str, Future[bytes | str]], counts: Counter[str]) ->
 # ---------------------------------------------------------------- all of them
 
 
+def check_first(options: Preparation, store: Store, part: SourcePart) -> None:
+    """WrongColumns before any work; a damaged file is told when it is its turn, so that the others are done."""
+    try:
+        options.check(store, part)
+    except WrongColumns:
+        raise
+    except (DamagedFile, StoreError):
+        return
+
+
 def prepare(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> dict[str, int] | None:
     """Do this task's parts that are not done yet; the counts of the whole corpus once all of its parts are done.
 
@@ -296,12 +306,7 @@ def prepare(options: Options, urls: Urls[Options], arrange: Arrange[Options]) ->
     A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task.
     """
     store, parts = options.parts()
-    try:
-        options.check(store, parts[0])  # which says at once that a column's name is wrong
-    except WrongColumns:
-        raise
-    except (DamagedFile, StoreError):
-        pass  # told when it is this part's turn; the others are done
+    check_first(options, store, parts[0])
     if options.tasks > len(parts):
         raise ConfigError(f"tasks={options.tasks} is more than the {len(parts)} files of source={options.source}")
     out = open_store(options.out, make=True)
