@@ -2,8 +2,8 @@
 
     python data_prep/obelics.py source=OBELICS/data/ images=s3://images out=s3://corpora/obelics tasks=128 task=0
 
-``source`` holds the parquet files of HuggingFaceM4/OBELICS (opt-out filtered), or the same as JSON lines. The
-corpus is CC-BY-4.0; the images belong to their owners.
+``source`` holds the parquet files of HuggingFaceM4/OBELICS (opt-out filtered; 666 GB), or the same as JSON lines, plain
+or in archives (.jsonl.zip). The corpus is CC-BY-4.0; the images belong to their owners.
 """
 
 import sys
@@ -14,14 +14,19 @@ from hpc_mm.data.documents import Record, natural_parts, natural_urls
 from hpc_mm.data.schema import Sample
 
 
-def urls(record: Record, options: prepare.Documents) -> list[str]:
+class Obelics(prepare.Documents):
+    def needed_columns(self) -> list[str]:
+        return ["images", "texts"]
+
+
+def urls(record: Record, options: Obelics) -> list[str]:
     return natural_urls(record)
 
 
-def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options: prepare.Documents) -> Sample:
+def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options: Obelics) -> Sample:
     facts = {"general_metadata": record.get("general_metadata")}
     return Sample(sample_id, natural_parts(record, images, options.max_images), facts)
 
 
 if __name__ == "__main__":
-    sys.exit(prepare.main(prepare.Documents, urls, arrange))
+    sys.exit(prepare.main(Obelics, urls, arrange))

@@ -120,14 +120,15 @@ class Benchmark(prepare.NamedImages):
     SPLITS: ClassVar[tuple[Split, ...]] = ()
 
     source: str = Field(description="the published files or archives: one, or a folder of them")
-    splits: tuple[str, ...] = Field((), description="splits to prepare, with commas; empty = all in the source")
+    splits: str = Field("", description="splits to prepare, with commas; empty = all in the source")
 
     def wanted(self) -> list[Split]:
         known = {split.name: split for split in self.SPLITS}
-        for name in self.splits:
+        names = [name for name in self.splits.split(",") if name] or list(known)
+        for name in names:
             if name not in known:
                 raise ConfigError(f"splits={name}: there are {', '.join(known)}")
-        return [known[name] for name in self.splits or known]
+        return [known[name] for name in names]
 
     def parts(self) -> tuple[Store, list[pack.SourcePart]]:
         files = published(self.source)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from hpc_mm.config import ConfigError, Part, Positive
 from hpc_mm.data.documents import BrokenRecord, Record
-from hpc_mm.data.records import ENDINGS, DamagedFile, check_columns, read_records
+from hpc_mm.data.records import ENDINGS, DamagedFile, WrongColumns, check_columns, holds_records, read_records
 from hpc_mm.data.schema import Sample, image_key
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.sources import open_source
@@ -60,7 +60,7 @@ class Packing(Part):
         return read_records(store, part.key, self.column_names())
 
     def check(self, store: Store, part: SourcePart) -> None:
-        """DamagedFile if a part has not the columns that are needed."""
+        """WrongColumns if a part has not those that are needed."""
         if self.needed_columns():
             check_columns(store, part.key, self.needed_columns(), self.column_names())
 
@@ -114,7 +114,7 @@ def source_parts(address: str) -> tuple[Store, list[SourcePart]]:
     store, name = open_source(address, ENDINGS)
     if name:
         return store, [SourcePart(name, store.size(name) or 0)]
-    parts = [SourcePart(entry.key, entry.size) for entry in store.list() if entry.key.endswith(ENDINGS)]
+    parts = [SourcePart(entry.key, entry.size) for entry in store.list() if holds_records(entry.key)]
     if not parts:
         raise ConfigError(f"source={address} holds no {', '.join(ENDINGS)} files")
     twice = [name for name, count in Counter(part.name for part in parts).items() if count > 1]
@@ -216,7 +216,7 @@ def start_fetching(
     try:
         keys = keys_of(urls(record), options)
     except BrokenRecord as reason:
-        return reason
+        return BrokenRecord(str(reason), record.place)
     smallest = options.smallest(record)
     return Fetched(record, {key: threads.submit(fetch, store, key, smallest) for key in sorted(keys)})
 
@@ -271,6 +271,16 @@ def bytes_of(images: Mapping[str, Future[bytes | str]], counts: Counter[str]) ->
 # ---------------------------------------------------------------- all of them
 
 
+def check_first(options: Packing, store: Store, part: SourcePart) -> None:
+    """WrongColumns before any work; a damaged file is told when it is its turn, so that the others are done."""
+    try:
+        options.check(store, part)
+    except WrongColumns:
+        raise
+    except (DamagedFile, StoreError):
+        return
+
+
 def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> dict[str, int] | None:
     """Do this task's parts that are not done yet; the counts of the whole corpus once all of its parts are done.
 
@@ -278,7 +288,7 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
     A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task.
     """
     store, parts = options.parts()
-    options.check(store, parts[0])
+    check_first(options, store, parts[0])
     out = open_store(options.out, make=True)
     failed: list[str] = []
     for number, part in enumerate(parts):

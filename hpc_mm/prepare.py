@@ -89,7 +89,7 @@ class Corpus(Generic[pack.Options]):
 def plan(options: Preparation, corpus: Corpus[Any]) -> Plan:
     """List what is to fetch, unless that is done; what the source has now must be what it was made from."""
     store, parts = options.parts()
-    options.check(store, parts[0])
+    pack.check_first(options, store, parts[0])
     out, made_from = open_store(options.out, make=True), {part.key: part.bytes for part in parts}
     found = read_plan(out)
     if found is None:

@@ -1,40 +1,26 @@
 import gzip
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import samples
+from scripts import SCRIPTS, run
 
 from hpc_mm import prepare
 from hpc_mm.config import ConfigError, Loader, Source
-from hpc_mm.data.schema import Image, Sample, Text, image_key
+from hpc_mm.data.schema import Sample, Text, image_key
 from hpc_mm.data.shards import check_shards, read_manifest, read_samples
 from hpc_mm.data.store import FolderStore, Store, StoreError, open_store
 from hpc_mm.data.stream import make_loader
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
-
-
-def script(name: str) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(SCRIPTS / f"{name}.py")))
-
-
-def run(name: str, **values: Any) -> int:
-    words = [f"{key}={value}" for key, value in values.items()]
-    found = script(name)
-    kinds = [kind for kind in vars(found).values() if isinstance(kind, type) and issubclass(kind, prepare.Preparation)]
-    kind = kinds[0] if kinds else prepare.Documents
-    return prepare.main(kind, found.urls, found.arrange, words)
 
 
 def write_lines(path: Path, records: list[Any]) -> None:
@@ -85,7 +71,7 @@ def test_real_documents_and_pairs_become_batches(
     write_lines(tmp_path / "pairs.jsonl", pairs)
     documents = shared_data / "omnicorpus-8.jsonl"
     assert run("omnicorpus", source=documents, images=store.address, out=tmp_path / "documents") == 0
-    assert run("pairs", source=tmp_path / "pairs.jsonl", images=store.address, out=tmp_path / "pairs") == 0
+    assert run("cc3m", source=tmp_path / "pairs.jsonl", images=store.address, out=tmp_path / "pairs") == 0
     assert "8 records, 8 samples, 32 images\n" in capsys.readouterr().out
 
     written = list(read_samples(open_store(str(tmp_path / "documents"))))
@@ -142,6 +128,9 @@ def test_obelics_and_what_is_left_out(tmp_path: Path, images: Store, capsys: pyt
     said = capsys.readouterr().out
     assert "2 of 2 files are done" in said
     assert all(f"{count} {name}" in said for name, count in expected.items())
+    assert "a.jsonl line 5: images, texts and metadata are not lists of one length\n" in said
+    assert "a.jsonl line 6: a URL is not text\na.jsonl line 7: a URL is not text\nb.jsonl" in said
+    assert "b.jsonl line 1: a line is not JSON\n" in said
     assert check_shards(out) == []
 
 
@@ -266,12 +255,12 @@ RECORDS: dict[str, list[dict[str, Any]]] = {  # with nulls and facts that not ev
         },
         {"url": None, "text_list": ["c"], "image_info": [{"raw_url": "u/3"}], "similarity_matrix": [[0.5]]},
     ],
-    "pairs": [{"url": "u/1", "caption": "a"}, {"url": "u/2", "caption": None}, {"url": "u/3", "caption": "b"}],
+    "cc3m": [{"url": "u/1", "caption": "a"}, {"url": "u/2", "caption": None}, {"url": "u/3", "caption": "b"}],
 }
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_parquet_makes_the_shards_that_json_lines_make(name: str, tmp_path: Path, images: Store) -> None:
+def test_every_kind_of_file_makes_the_same_shards(name: str, tmp_path: Path, images: Store) -> None:
     for folder in ("lines", "parquet"):
         (tmp_path / folder).mkdir()
     write_lines(tmp_path / "lines" / "a.jsonl", RECORDS[name])
@@ -279,20 +268,15 @@ def test_parquet_makes_the_shards_that_json_lines_make(name: str, tmp_path: Path
     table = pyarrow.Table.from_pylist([{**names, **record} for record in RECORDS[name]])
     pyarrow.parquet.write_table(table, tmp_path / "parquet" / "a.parquet")
     small = {"mmc4": {"min_image_bytes": 0}, "omnicorpus": {"min_placed_image_bytes": 0}}.get(name, {})
-    for folder in ("lines", "parquet"):
+    (tmp_path / "zip").mkdir()
+    with zipfile.ZipFile(tmp_path / "zip" / "a.jsonl.zip", "w") as archive:
+        archive.write(tmp_path / "lines" / "a.jsonl", "docs_shard_0_v2.jsonl")
+    folders = ("lines", "parquet", "zip")
+    for folder in folders:
         values = {"source": tmp_path / folder, "images": images.address, "out": tmp_path / f"{folder}-out"}
         assert run(name, **values, **small) == 0
-    found = [list(read_samples(open_store(str(tmp_path / f"{folder}-out")))) for folder in ("lines", "parquet")]
-    assert found[0] == found[1] and len(found[0]) == {"omnicorpus": 3}.get(name, 2)
-
-
-def test_pairs_of_a_table(tmp_path: Path, images: Store) -> None:
-    (tmp_path / "cc.tsv").write_text("a circle\tu/1\nno image\tu/99\nbroken\na square\tu/2\n")
-    values = {"columns": "TEXT,URL", "url": "URL", "caption": "TEXT"}
-    assert run("pairs", source=tmp_path / "cc.tsv", images=images.address, out=tmp_path / "out", **values) == 0
-    found = list(read_samples(open_store(str(tmp_path / "out"))))
-    assert [(urls_of(sample), texts(sample)) for sample in found] == [(["u/1"], ["a circle"]), (["u/2"], ["a square"])]
-    assert all(isinstance(sample.parts[0], Image) for sample in found)
+    found = [list(read_samples(open_store(str(tmp_path / f"{folder}-out")))) for folder in folders]
+    assert found[0] == found[1] == found[2] and len(found[0]) == {"omnicorpus": 3}.get(name, 2)
 
 
 # ---------------------------------------------------------------- tasks, restarts, kills
@@ -427,6 +411,7 @@ def test_a_damaged_file_does_not_stop_the_others(
         ({"source": "nowhere"}, "no folder"),
         ({"source": "nowhere.jsonl"}, "no folder|does not exist"),
         ({"source": "empty"}, "holds no .jsonl"),
+        ({"source": "nothing.jsonl"}, "nothing.jsonl holds no records"),
         ({"images": "nowhere"}, "no folder"),
         ({"tasks": 9}, "tasks=9 is more than the 5 files"),
         ({"tasks": 2, "task": 2}, "task=2 is not one of tasks=2: 0 to 1"),
@@ -440,6 +425,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "nothing.jsonl").write_bytes(b"")
     paths = {key: tmp_path / value for key, value in values.items() if key in ("source", "images", "out")}
     assert run("obelics", **{**corpus(tmp_path), "out": tmp_path / "out", **values, **paths}) == 2
     complaint = capsys.readouterr().err
@@ -447,7 +433,7 @@ def test_mistakes_are_one_line(
 
 
 def test_what_is_needed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("pairs") == 2
+    assert run("cc3m") == 2
     assert capsys.readouterr().err == "source is missing; images is missing; out is missing\n"
 
 

@@ -18,6 +18,8 @@ from hpc_mm.data.documents import BrokenRecord, Record
 from hpc_mm.data.store import MissingKey, Store, opened
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zip", ".json", ".parquet", ".arrow", ".tsv", ".tsv.gz")
+# What the ``datasets`` library writes beside records.
+BESIDE = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 BATCH = 256  # parquet rows in memory
 PIECE = 2**20  # characters of a JSON list read at once
 LONGEST = 2**28  # bytes of one line, characters of one entry of a JSON list
@@ -26,6 +28,15 @@ LOOKED_AT = 100  # records of a file of JSON in which its columns are looked for
 
 class DamagedFile(ConfigError):
     """A file of records that cannot be read to its end; the message names it."""
+
+
+class WrongColumns(DamagedFile):
+    """A file of records of something else."""
+
+
+def holds_records(key: str) -> bool:
+    """Whether a file of a folder is one of records, by its name."""
+    return key.endswith(ENDINGS) and key.rpartition("/")[2] not in BESIDE
 
 
 def read_records(store: Store, key: str, columns: Sequence[str] = ()) -> Iterator[Record | BrokenRecord]:
@@ -55,7 +66,7 @@ def read_records(store: Store, key: str, columns: Sequence[str] = ()) -> Iterato
 
 
 def check_columns(store: Store, key: str, needed: Sequence[str], columns: Sequence[str] = ()) -> None:
-    """DamagedFile if no record of a file can have one of the ``needed`` columns, since the file has others.
+    """WrongColumns if no record of a file can have one of the ``needed`` columns, since the file has others.
 
     Tables are known by their schema. In JSON a value may be missing by mistake: its first records are looked at.
     """
@@ -68,7 +79,7 @@ def check_columns(store: Store, key: str, needed: Sequence[str], columns: Sequen
         names = list({name: None for record in found if isinstance(record, dict) for name in record})
     missing = [name for name in needed if name not in names]
     if missing and names:
-        raise DamagedFile(f"{store.address}/{key} has no column {', '.join(missing)}: it has {', '.join(names)}")
+        raise WrongColumns(f"{store.address}/{key} has no column {', '.join(missing)}: it has {', '.join(names)}")
 
 
 # ---------------------------------------------------------------- lines
