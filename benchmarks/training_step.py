@@ -4,8 +4,9 @@
 
 Both have the same weights (fp32) and the same documents of two images, and both learn: after every round their losses
 must agree. Each step is collating, forward, loss, backward, clipping and AdamW, taken in turn in one process. What
-differs: open_flamingo encodes six images per document, of which four are zeros, pads text to 256 tokens, and makes
-logits for every token. Ours pads to the batch's longest text, or packs several documents into a row (pack_tokens).
+differs: open_flamingo encodes six images per document, of which four are zeros, pads text to 256 tokens, makes logits
+for every token, and takes torch's default AdamW. Ours pads to the batch's longest text, or packs several documents
+into a row (pack_tokens), and takes the fused AdamW.
 """
 
 import statistics

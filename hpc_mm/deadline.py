@@ -36,6 +36,12 @@ class Deadline:
         signal.signal(signal.SIGUSR2, deadline.tell)
         return deadline
 
+    @staticmethod
+    def over() -> None:
+        """Ignore both signals, which may come again, up to this process's end: Python's own is to die of them."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
     def tell(self, number: int, frame: object = None) -> None:
         """The handler of both signals. SIGTERM is the more urgent one: Slurm kills soon after it."""
         if self._told != ENDED:

@@ -159,11 +159,11 @@ def _end(nodes: list[subprocess.Popen[bytes]], code: Path) -> None:
     """
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDINGS}  # a second Ctrl-C must not end this
     end = time.monotonic() + (0 if any(node.poll() for node in nodes) else GRACE)
-    while any(node.poll() is None for node in nodes) and time.monotonic() < end:
+    while (alive := [node for node in nodes if node.poll() is None]) and time.monotonic() < end:
         for process in _running(code):  # again and again: a rank does not hear it while it imports torch
             _signal_group(process, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            next(node for node in nodes if node.poll() is None).wait(timeout=1)
+            alive[0].wait(timeout=1)
     for node in nodes:
         _signal_group(node.pid, signal.SIGKILL)
         node.wait()

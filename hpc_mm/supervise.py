@@ -24,7 +24,7 @@ from hpc_mm.deadline import END_TIME
 
 FRUITLESS = 2  # attempts in a row without a newer checkpoint that stop a run
 PATIENCE = 10  # seconds that ranks get to save after the time limit before the job is requeued under them
-AGAIN = 10  # seconds between two SIGTERMs to the step
+AGAIN = 10  # seconds between two signals to the ranks
 KILL = 60  # seconds in which Slurm ends a job that was requeued
 CODES = {attempt.FINISHED: 0, attempt.STOPPED: 1, attempt.REFUSED: 2}
 EXIT, REQUEUE, RESTART = "exit", "requeue", "restart"
@@ -130,7 +130,7 @@ class Supervisor:
         self.job = os.environ["SLURM_JOB_ID"]
         self.file = run_folder / "attempts.jsonl"
         self.child: subprocess.Popen[bytes] | None = None
-        self.terminated = False
+        self.terminated = self.warned = False
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGUSR2, self._on_usr2)
 
@@ -138,6 +138,7 @@ class Supervisor:
         self.terminated = True  # Slurm tells the step too; it must be waited for
 
     def _on_usr2(self, number: int, frame: object) -> None:
+        self.warned = True
         if self.child is not None:  # sbatch --signal=B:USR2@600 tells only the batch script; srun passes it on
             self.child.send_signal(number)
 
@@ -186,16 +187,23 @@ class Supervisor:
         if end.isdigit():  # not "Unknown": no time limit
             environment[END_TIME] = end
         self.child = subprocess.Popen(self.command, env=environment)
-        told = 0  # seconds ago, that the batch script got SIGTERM
+        told = 0  # seconds ago, that the batch script got SIGTERM or SIGUSR2
         while True:
             try:
                 return self.child.wait(timeout=1)
             except subprocess.TimeoutExpired:
-                told += self.terminated
-            if told and told % AGAIN == 0:  # a rank that was importing torch has not heard the one before
-                ask("scancel", "--signal=TERM", self.job)
-            if told == PATIENCE and job_facts(self.job).get("Reason") == "TimeLimit":
+                told += self.terminated or self.warned
+            if self.terminated and told == PATIENCE and job_facts(self.job).get("Reason") == "TimeLimit":
                 self.requeue()  # now: Slurm kills soon, and this supervisor too
+            if told and told % AGAIN == 0:
+                self.tell_again()
+
+    def tell_again(self) -> None:
+        """Ranks that were importing torch when the signal came have not heard it; the others ignore a second one."""
+        if self.terminated:
+            ask("scancel", "--signal=TERM", self.job)
+        elif self.child is not None:
+            self.child.send_signal(signal.SIGUSR2)
 
     def record(self, found: dict[str, Any], code: int | None) -> None:
         """Add the attempt to attempts.jsonl. ``code``: the command's exit code, None where nobody saw it."""

@@ -222,6 +222,7 @@ class Training:
             self.deadline.stepped(time.perf_counter() - started)
         else:
             ending = attempt.FINISHED
+        self.deadline.over()
         self.leave(ending)
         return ending
 

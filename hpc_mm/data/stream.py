@@ -157,11 +157,18 @@ class Steps(Dataset[list[Batch]]):
             if self.settings.cache:
                 cache = ReadCache(Path(self.settings.cache), int(self.settings.cache_gb * 1e9))
             reader = ShardReader(self.store, 2 * self.source.shuffle_shards + 2, cache)  # this window and the next
-            # Where torch works with several threads, each decoder has them all.
-            decoders = 1 if get_worker_info() else max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
+            # Where torch works with several threads, each decoder has them all; all ranks of a node share its cores.
+            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            decoders = 1 if get_worker_info() else max(1, cores // torch.get_num_threads())
             threads = ThreadPoolExecutor(self.settings.reads, "read")
             self._readings[os.getpid()] = Reading(reader, threads, threading.Semaphore(decoders))
         return self._readings[os.getpid()]
+
+    def stop_reading(self) -> None:
+        """Give up what this process reads with: threads, connections, indexes of shards."""
+        reading = self._readings.pop(os.getpid(), None)
+        if reading is not None:
+            reading.threads.shutdown()
 
     def places(self, step: int) -> list[Place]:
         """Where this rank's samples of an optimizer step lie, in stream order: its run of the step's positions."""
@@ -198,11 +205,17 @@ class StepLoader(DataLoader[list[Batch]]):
 
     def __init__(self, dataset: Steps, steps: range, **settings: Any) -> None:
         super().__init__(dataset, batch_size=None, sampler=steps[1:], **settings)
-        self.first = steps[:1]
+        self.steps, self.first = dataset, steps[:1]
 
     def __iter__(self) -> Any:
         others = super().__iter__()
-        return chain(map(self.dataset.__getitem__, self.first), others)
+        return chain(map(self._own, self.first), others)
+
+    def _own(self, step: int) -> list[Batch]:
+        batches = self.steps[step]
+        if self.num_workers:
+            self.steps.stop_reading()
+        return batches
 
 
 def make_loader(

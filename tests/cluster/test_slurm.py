@@ -270,6 +270,18 @@ def test_a_lost_node_sends_the_job_back_into_the_queue(start: Start) -> None:
 
 
 @pytest.mark.chaos
+def test_a_signal_that_comes_while_ranks_import_is_told_again(user: dict[str, str], tmp_path: Path) -> None:
+    result = launch({**user, "TEST_SLEEP": "600", "TEST_IMPORTS": "12"}, "recipe=toy", "nodes=2")
+    assert result.returncode == 0, result.stderr
+    run, job = tmp_path / "runs" / "toy", job_of(tmp_path / "runs" / "toy")
+    for rank in range(2):
+        appears(run / f"importing{rank}")
+    subprocess.run(["scancel", "--full", "--signal=TERM", job], check=True)
+    assert wait(job) == "FAILED"
+    assert endings(run) == [("ended", 0, 1)] and "it got SIGTERM" in log_of(run, job)
+
+
+@pytest.mark.chaos
 def test_a_cancelled_job_stays_cancelled(start: Start) -> None:
     run, job = start()
     ranks(run)

@@ -23,7 +23,7 @@ from hpc_mm.data.batch import Batch
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import ShardReader, ShardWriter, corpus_digest, read_manifest
 from hpc_mm.data.store import open_store
-from hpc_mm.data.stream import Order, Place, Steps, make_loader, samples_before
+from hpc_mm.data.stream import Order, Place, StepLoader, Steps, make_loader, samples_before
 
 TOKENIZER = samples.word_tokenizer()
 IMAGE = TOKENIZER.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -208,6 +208,23 @@ def test_epochs_hold_every_sample_once_through_the_loader(documents: str) -> Non
         assert len(set(names[start:stop])) == 17
 
 
+class Readers(Steps):
+    """Who reads each step."""
+
+    def __init__(self) -> None:
+        self._readings = {}
+
+    def __getitem__(self, step: int) -> Any:
+        return step, os.getpid()
+
+
+def test_a_rank_reads_its_first_step_itself() -> None:
+    steps: list[Any] = list(StepLoader(Readers(), range(3, 7), num_workers=1, multiprocessing_context="fork"))
+    assert [step for step, _ in steps] == [3, 4, 5, 6]
+    assert [process == os.getpid() for _, process in steps] == [True, False, False, False]
+    assert list(StepLoader(Readers(), range(5, 5))) == []
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker:UserWarning")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(documents: str, workers: int) -> None:
@@ -320,7 +337,8 @@ def test_200_stops_change_nothing(documents: str, pairs: str) -> None:
     ]
     splits += [(draw.choice(WORLDS), 0, draw.choice(PACKING)) for _ in range(STOPS + 1 - len(splits))]
     draw.shuffle(splits)
-    counts = [draw.randint(1, 2) for _ in splits]
+    # With workers the first step of each leg is read by the rank itself, so that it takes two to see a worker's.
+    counts = [2 if workers else draw.randint(1, 2) for _, workers, _ in splits]
     last = sum(counts)
     whole = [steps_of(one, 1, 1, (0, last)) for one in blend(documents, pairs, pack_tokens=0)]
     step = 0
