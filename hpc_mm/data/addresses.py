@@ -82,7 +82,7 @@ def may_connect(address: IPv4Address | IPv6Address, allow: tuple[Network, ...] =
 
 @lru_cache(maxsize=4096)  # a host comes again with each of its URLs
 def refused(host: str, allow: tuple[Network, ...] = ()) -> bool:
-    """Whether a URL's host is an address, in any spelling, that must not be reached. Names are checked when resolved."""
+    """Whether a URL's host is an address, in any spelling, that must not be reached. Names are checked as resolved."""
     address = literal(host)
     return address is not None and not may_connect(address, allow)
 
