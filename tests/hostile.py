@@ -151,7 +151,7 @@ ACTIVE: dict[str, Answer] = {
 class Server:
     """Answers ``/NAME`` as FIXED or ACTIVE say, else with IMAGE; ``/robots.txt`` as ``robots`` says for the host."""
 
-    def __init__(self, certificate: Path | None = None) -> None:
+    def __init__(self, certificate: Path | None = None, key: Path | None = None) -> None:
         self.robots: dict[str, bytes | Answer] = {}
         self.answers: dict[str, list[bytes]] = {}  # by path, one after the other, before what FIXED says
         self.requests: Counter[str] = Counter()  # by host and path
@@ -161,7 +161,7 @@ class Server:
         self._ssl = None
         if certificate:
             self._ssl = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._ssl.load_cert_chain(certificate)
+            self._ssl.load_cert_chain(certificate, key)
         started = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(started,))
         self._thread.start()

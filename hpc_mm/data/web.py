@@ -266,7 +266,8 @@ class Fetcher:
             if len(text) > LONGEST_URL:
                 raise ValueError
             url = URL(text.strip())
-            url = (base.join(url) if base else url).with_fragment(None)
+            url = base.join(url) if base else url
+            url = url.with_fragment(None) if url.raw_fragment else url
             host = url.raw_host
         except ValueError:
             raise Unfetched("bad_url") from None

@@ -54,7 +54,10 @@ def test_no_more_is_allowed_than_pythons_ipaddress_calls_global(address: IPv4Add
         assert ((inside or address).is_global and not (inside or address).is_multicast) or "64:ff9b::" in str(address)
 
 
-PUBLIC = "8.8.8.8 1.1.1.1 172.15.0.1 172.32.0.1 100.63.0.1 100.128.0.1 223.255.255.255 192.0.1.1 2606:4700:4700::1111 64:ff9b::8.8.8.8 ::ffff:8.8.8.8"
+PUBLIC = (
+    "8.8.8.8 1.1.1.1 172.15.0.1 172.32.0.1 100.63.0.1 100.128.0.1 223.255.255.255 192.0.1.1 "
+    "2606:4700:4700::1111 64:ff9b::8.8.8.8 ::ffff:8.8.8.8"
+)
 NOT_PUBLIC = (
     ":: ::1 fe80::1 fe80::1%eth0 2606:4700::1%eth0 fc00::1 fd00:ec2::254 fec0::1 ff02::1 2001::1 "
     "2001:db8::1 3fff::1 100::1 5f00::1 4000::1 192.0.0.1 198.18.0.1"

@@ -23,7 +23,7 @@ OPEN = "User-agent: *\nAllow: /\n"
         ("User-agent: other\nDisallow: /", "http://h/a", True),
         ("User-agent: other\nUser-agent: HPC_MM\nDisallow: /", "http://h/a", False),
         ("User-agent: *\nDisallow: /\n\nUser-agent: hpc_mm/9\nAllow: /", "http://h/a", True),
-        ("user-agent: hpc_mm\ndisallow: /a\nuser-agent: x\nallow: /\nuser-agent: hpc_mm\ndisallow: /c", "http://h/c", False),
+        ("user-agent: hpc_mm\nallow: /a\nuser-agent: x\nallow: /\nuser-agent: hpc_mm\ndisallow: /", "http://h/", False),
         ("User-agent: hpc_mm\nDisallow: /a\nUser-agent: x\nDisallow: /b", "http://h/b", True),
         ("User-agent: hpc_mm\n\nUser-agent: *\nDisallow: /", "http://h/a", False),
         ("User-agent: hpc\nDisallow: /", "http://h/a", True),

@@ -1,11 +1,13 @@
 import asyncio
 import shutil
+import ssl
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from hostile import CANARY, FIXED, GUARD, HTML, IMAGE, SERVER, Names, Server, slow_body
 from hypothesis import HealthCheck, given, settings
@@ -270,24 +272,27 @@ def test_a_burst_of_dead_hosts_costs_one_lookup_each(server: Server) -> None:
     assert max(names.asked.values()) == 1
 
 
-def test_a_certificate_that_nobody_signed(tmp_path: Path) -> None:
+def test_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl makes the certificate")
-    both, key = tmp_path / "both.pem", tmp_path / "key.pem"
-    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=tls.test", "-days", "1"]
-    subprocess.run([openssl, *words, "-keyout", str(key), "-out", str(both)], check=True, capture_output=True)
-    both.write_text(both.read_text() + key.read_text())
-    server = Server(both)
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=tls.test"]
+    words += ["-addext", "subjectAltName=DNS:tls.test", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([openssl, *words], check=True, capture_output=True)
+    server = Server(certificate, key)
+    urls = [f"https://{name}.test:{server.port}/ok" for name in ("tls", "other")]
     try:
-        (outcome, plain) = fetched(
-            [f"https://tls.test:{server.port}/ok", f"http://plain.test:{server.port}/ok"], robots=False
-        )
+        (unsigned,) = fetched(urls[:1])
+        assert (unsigned.status, unsigned.reason) == ("retry", "tls")
+        assert not server.requests
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", trusting)
+        assert [outcome.reason for outcome in fetched(urls)] == ["ok", "tls"]
+        (plain,) = fetched([urls[0].replace("https", "http")])
+        assert plain.reason in ("connection", "malformed")
     finally:
         server.close()
-    assert (outcome.status, outcome.reason) == ("retry", "tls")
-    assert plain.reason in ("connection", "malformed")
-    assert not server.requests
 
 
 def test_a_host_where_nothing_listens(server: Server) -> None:
@@ -452,6 +457,33 @@ def test_when_buffers_are_full_the_oldest_goes_on() -> None:
 def test_buffers_that_are_too_small_for_all_still_serve_all(server: Server) -> None:
     urls = [f"http://h{number}.test:{server.port}/ok" for number in range(20)]
     assert {outcome.status for outcome in fetched(urls, buffers_mb=0.0001, deadline=10)} == {"ok"}
+
+
+def test_many_large_bodies_at_once_stay_within_the_buffers(server: Server) -> None:
+    """Thirty times 8 MB, where 16 MB may be held; each connection reads some further 0.6 MB ahead."""
+    urls = [f"http://h{number}.test:{server.port}/endless_chunks" for number in range(30)]
+
+    async def large(fetcher: Fetcher) -> None:
+        forget_peak()
+        before = peak_mb()
+        outcomes = await asyncio.gather(*map(fetcher.fetch, urls))
+        assert {outcome.reason for outcome in outcomes} == {"too_large"}
+        assert peak_mb() - before < 64
+
+    with_fetcher(large, max_mb=8, buffers_mb=16, deadline=30)
+
+
+def test_a_cancelled_fetch_leaves_nothing_behind(server: Server) -> None:
+    async def cancel(fetcher: Fetcher) -> None:
+        task = asyncio.create_task(fetcher.fetch(f"http://slow.test:{server.port}/slow_body"))
+        while not fetcher._buffers._total:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert (fetcher._buffers._total, fetcher._hosts["slow.test"].users) == (0, 0)
+        assert (await fetcher.fetch(f"http://slow.test:{server.port}/ok")).status == "ok"
+
+    with_fetcher(cancel, connections=1, host_connections=1)
 
 
 @pytest.mark.parametrize(
