@@ -66,7 +66,6 @@ def literal(host: str) -> IPv4Address | IPv6Address | None:
         return None
 
 
-@lru_cache(maxsize=1024)  # hosts that are spelled as addresses come again with every URL
 def may_connect(address: IPv4Address | IPv6Address, allow: tuple[Network, ...] = ()) -> bool:
     """Whether ``address`` is public or in one of ``allow``; an IPv4 address inside of an IPv6 one decides for it."""
     if any(address.version == network.version and address in network for network in allow):
@@ -79,6 +78,13 @@ def may_connect(address: IPv4Address | IPv6Address, allow: tuple[Network, ...] =
     if inner is not None:
         return may_connect(inner, allow)
     return address.scope_id is None and address in UNICAST_6 and not any(address in network for network in REFUSED_6)
+
+
+@lru_cache(maxsize=4096)  # a host comes again with each of its URLs
+def refused(host: str, allow: tuple[Network, ...] = ()) -> bool:
+    """Whether a URL's host is an address, in any spelling, that must not be reached. Names are checked as resolved."""
+    address = literal(host)
+    return address is not None and not may_connect(address, allow)
 
 
 class SystemResolver(AbstractResolver):

@@ -27,7 +27,7 @@ class Peer(ResponseHandler):
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
-        unasked = self.idle
+        unasked = self.idle and len(data) > 0  # aiohttp itself calls this without data
         if not unasked:
             super().data_received(data)  # which may end an answer, and so make this connection idle
             unasked = len(self._buffer) > (0 if self.idle else UNASKED)

@@ -111,10 +111,11 @@ class Hosts:
         if host is not None:
             self._hosts.move_to_end(name)
             return host
-        if len(self._hosts) >= HOSTS:
-            oldest, old = self._hosts.popitem(last=False)
-            if old.users:
-                self._hosts[oldest] = old
+        for _ in range(2):  # more than one comes, so that one is forgotten even if others are in use
+            if len(self._hosts) >= HOSTS:
+                oldest, old = self._hosts.popitem(last=False)
+                if old.users:
+                    self._hosts[oldest] = old
         host = self._hosts[name] = Host(self._rate, self._connections)
         return host
 

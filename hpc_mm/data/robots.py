@@ -30,7 +30,7 @@ def rules_for(text: str, agent: str) -> list[str]:
     everyones: list[str] = []
     named, agents = False, set[str]()
     in_agents = False
-    for line in text.splitlines():
+    for line in text.removeprefix("\ufeff").splitlines():
         name, colon, value = line.partition("#")[0].partition(":")
         name, value = name.strip().lower(), value.strip()
         if name in ("user-agent", "useragent"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from dataclasses import dataclass
+from io import BytesIO
 from ipaddress import ip_network
 from typing import Annotated, Literal
 
@@ -22,7 +23,7 @@ from yarl import URL
 
 from hpc_mm.config import Part, Positive
 from hpc_mm.data import robots
-from hpc_mm.data.addresses import AddressRefused, CheckedResolver, Network, SystemResolver, literal, may_connect
+from hpc_mm.data.addresses import AddressRefused, CheckedResolver, Network, SystemResolver, refused
 from hpc_mm.data.connections import Connector
 from hpc_mm.data.politeness import Host, HostPaused, Hosts, retry_after
 
@@ -267,14 +268,14 @@ class Fetcher:
             if len(text) > LONGEST_URL:
                 raise ValueError
             url = URL(text.strip())
-            url = (base.join(url) if base else url).with_fragment(None)
+            url = base.join(url) if base else url
+            url = url.with_fragment(None) if url.raw_fragment else url
             host = url.raw_host
         except ValueError:
             raise Unfetched("bad_url") from None
         if url.scheme not in ("http", "https") or not host or not url.port or url.user or url.password:
             raise Unfetched("bad_url")
-        address = literal(host)
-        if address is not None and not may_connect(address, self._networks):
+        if refused(host, self._networks):
             raise Unfetched("address")
         return url
 
@@ -336,18 +337,19 @@ class Fetcher:
             raise Unfetched("encoded")
         if not want.cut and (response.content_length or 0) > want.limit:
             raise Unfetched("too_large")
-        body = bytearray()  # not a list of pieces, as each may be one byte
+        body = BytesIO()  # not a list of pieces, as each may be one byte
         while piece := await response.content.readany():
             trip.received += len(piece)
-            body += piece
-            if len(body) > want.limit:
+            body.write(piece)
+            if body.tell() > want.limit:
                 if want.cut:
                     break
                 raise Unfetched("too_large")
             await self._buffers.take(trip, len(piece))
-        if not body:
+        if not body.tell():
             raise Unfetched("empty")
-        return bytes(body[: want.limit] if want.cut else body)
+        body.truncate(want.limit)
+        return body.getvalue()
 
     async def _permitted(self, url: URL, trip: Trip) -> None:
         """Return if the robots.txt of the URL's site allows it; what keeps us from that file keeps us from the URL."""

@@ -1,0 +1,508 @@
+import asyncio
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from hostile import CANARY, FIXED, GUARD, HTML, IMAGE, SERVER, Names, Server, slow_body
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hpc_mm.data import connections, web
+from hpc_mm.data.web import Buffers, Fetcher, Outcome, Trip, Web
+
+DEADLINE = 2.0
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    with GUARD.watching() as guard:
+        yield server
+    server.close()
+    assert guard.elsewhere == []
+    assert server.peers[CANARY] == 0
+
+
+def quick(**values: Any) -> Web:
+    return Web(**{"deadline": DEADLINE, "max_mb": 4, "host_rate": 0, "allow": (f"{SERVER}/32",), **values})
+
+
+def fetched(urls: list[str], names: Names | None = None, **values: Any) -> list[Outcome]:
+    """The outcomes of URLs that are fetched at once."""
+
+    async def all_of_them() -> list[Outcome]:
+        async with Fetcher(quick(**values), names or Names()) as fetcher:
+            return list(await asyncio.gather(*map(fetcher.fetch, urls)))
+
+    return asyncio.run(all_of_them())
+
+
+def with_fetcher(action: Callable[[Fetcher], Awaitable[None]], names: Names | None = None, **values: Any) -> None:
+    async def run() -> None:
+        async with Fetcher(quick(**values), names or Names()) as fetcher:
+            await action(fetcher)
+
+    asyncio.run(run())
+
+
+# ---------------------------------------------------------------- hostile servers
+
+EXPECTED = {
+    "ok": ("ok", "ok"),
+    "html": ("ok", "ok"),
+    "to_ok": ("ok", "ok"),
+    "unasked": ("ok", "ok"),
+    "slow_body": ("retry", "timeout"),
+    "slow_headers": ("retry", "timeout"),
+    "silent": ("retry", "timeout"),
+    "endless": ("poison", "too_large"),
+    "endless_chunks": ("poison", "too_large"),
+    "says_much": ("poison", "too_large"),
+    "says_nonsense": ("poison", "malformed"),
+    "says_twice": ("poison", "malformed"),
+    "many_headers": ("poison", "malformed"),
+    "long_header": ("poison", "malformed"),
+    "garbage": ("poison", "malformed"),
+    "upgrade": ("poison", "http_101"),
+    "empty": ("poison", "empty"),
+    "no_content": ("poison", "http_204"),
+    "gzip": ("poison", "encoded"),
+    "loop": ("poison", "redirects"),
+    "to_file": ("poison", "bad_url"),
+    "to_user": ("poison", "bad_url"),
+    "to_nowhere": ("poison", "http_302"),
+    "to_loopback": ("blocked", "address"),
+    "to_decimal": ("blocked", "address"),
+    "to_mapped": ("blocked", "address"),
+    "to_metadata": ("blocked", "address"),
+    "many_continues": ("retry", "connection"),
+    "half_closed": ("retry", "connection"),
+    "cut_chunk": ("retry", "connection"),
+    "storm": ("retry", "http_429"),
+    "storm_without": ("retry", "http_429"),
+    "later": ("retry", "http_503"),
+    "noai": ("blocked", "noai"),
+    "status_403": ("blocked", "http_403"),
+    "status_451": ("blocked", "http_451"),
+    "status_404": ("gone", "http_404"),
+    "status_410": ("gone", "http_410"),
+    "status_418": ("gone", "http_418"),
+    "status_408": ("retry", "http_408"),
+    "status_500": ("retry", "http_500"),
+    "status_503": ("retry", "http_503"),
+}
+
+
+def peak_mb() -> float:
+    """The most memory since ``forget_peak``."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1000
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def test_every_hostile_server_is_left_within_the_deadline(server: Server) -> None:
+    """One second beyond the deadline at most, and never more than 64 MB beyond what the process had."""
+    cases = {name: f"http://{name}.test:{server.port}/{name}" for name in EXPECTED}
+    cases |= {name: f"http://{name}.test:{server.port}/{name}" for name in ("tiny_chunks", "says_less")}
+    server.robots["drip.test"] = slow_body
+    cases["robots"] = f"http://drip.test:{server.port}/ok"
+    cases |= {f"nowhere {number}": f"http://n{number}.nowhere/ok" for number in range(300)}
+    found: dict[str, tuple[Outcome, float]] = {}
+
+    async def timed(fetcher: Fetcher, name: str) -> None:
+        started = time.monotonic()
+        outcome = await fetcher.fetch(cases[name])
+        found[name] = outcome, time.monotonic() - started
+
+    async def all_cases(fetcher: Fetcher) -> None:
+        await fetcher.fetch(cases["ok"])
+        forget_peak()
+        before = peak_mb()
+        await asyncio.gather(*(timed(fetcher, name) for name in cases))
+        await asyncio.sleep(0.3)  # for the one that floods the idle connection
+        assert peak_mb() - before < 64
+
+    with_fetcher(all_cases)
+    assert {name: (found[name][0].status, found[name][0].reason) for name in EXPECTED} == EXPECTED
+    assert found["tiny_chunks"][0].reason in ("too_large", "timeout")
+    assert found["says_less"][0].reason in ("ok", "malformed"), "as the rest comes with the beginning, or later"
+    assert found["says_less"][0].data in (IMAGE[:5], None)
+    assert found["robots"][0].reason == "timeout"
+    assert {found[f"nowhere {number}"][0].reason for number in range(300)} == {"dns"}
+    assert max(seconds for _, seconds in found.values()) < DEADLINE + 1
+    assert all((outcome.data is not None) == (outcome.status == "ok") for outcome, _ in found.values())
+    assert found["html"][0].data == HTML and found["unasked"][0].data == IMAGE
+
+
+def test_the_numbers_of_an_outcome(server: Server) -> None:
+    ok, moved, large, late = fetched(
+        [f"http://{name}.test:{server.port}/{name}" for name in ("ok", "to_ok", "endless", "later")]
+    )
+    assert ok == Outcome("ok", "ok", IMAGE, "ok.test", 1, len(IMAGE))
+    assert moved == Outcome("ok", "ok", IMAGE, "to_ok.test", 2, len(IMAGE))
+    assert large.requests == 1 and 4_000_000 < large.received < 5_000_000
+    assert late.retry_at is not None and 3500 < late.retry_at - time.time() < 3700
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    start=st.sampled_from([b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\n", FIXED["gzip"][:90], FIXED["loop"][:40]]),
+    noise=st.one_of(
+        st.binary(max_size=200),
+        st.lists(
+            st.sampled_from(
+                [
+                    b"\r\n",
+                    b": ",
+                    b"\x00",
+                    b"Content-Length: 3",
+                    b"Content-Length: 9" + b"9" * 30,
+                    b"Transfer-Encoding: chunked",
+                    b"3\r\nabc",
+                    b"Location: http://[",
+                    b"Location: //",
+                    b"Connection: close",
+                ]
+            ),
+            max_size=12,
+        ).map(b"".join),
+    ),
+)
+def test_no_answer_of_a_server_is_an_exception(fuzzed: tuple[Server, Any], start: bytes, noise: bytes) -> None:
+    server, fetch = fuzzed
+    server.answers["/noise"] = [start + noise]
+    outcome = fetch(f"http://noise.test:{server.port}/noise")
+    assert outcome.status in ("ok", "gone", "retry", "blocked", "poison")
+
+
+@pytest.fixture
+def fuzzed(server: Server) -> Iterator[tuple[Server, Callable[[str], Outcome]]]:
+    """A server, and one fetcher over all examples, which hangs up after a moment."""
+    with asyncio.Runner() as runner:
+        fetcher = Fetcher(quick(deadline=0.05, robots=False, host_connections=1), Names())
+
+        def fetch(url: str) -> Outcome:
+            fetcher._hosts._hosts.clear()  # no back-off from one example to the next
+            return runner.run(fetcher.fetch(url))
+
+        runner.run(fetcher.__aenter__())
+        yield server, fetch
+        runner.run(fetcher.__aexit__())
+
+
+# ---------------------------------------------------------------- addresses and names
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        (f"http://{CANARY}:PORT/ok", "address"),
+        ("http://2130706433:PORT/ok", "address"),
+        ("http://0x7f.1:PORT/ok", "address"),
+        ("http://0177.0.0.1:PORT/ok", "address"),
+        ("http://[::1]:PORT/ok", "address"),
+        ("http://[::ffff:7f00:1]:PORT/ok", "address"),
+        ("http://①②⑦.⓪.⓪.①:PORT/ok", "address"),
+        ("http://169.254.169.254/latest/meta-data/", "address"),
+        ("http://0:PORT/ok", "address"),
+        ("ftp://good.test/ok", "bad_url"),
+        ("http://user:password@good.test:PORT/ok", "bad_url"),
+        ("http://user@good.test:PORT/ok", "bad_url"),
+        ("http://good.test:0/ok", "bad_url"),
+        ("http://good.test:99999/ok", "bad_url"),
+        ("http:///ok", "bad_url"),
+        ("http://[::1/ok", "bad_url"),
+        ("good.test/ok", "bad_url"),
+        ("", "bad_url"),
+        ("http://good.test:PORT/" + "a" * 8192, "bad_url"),
+    ],
+)
+def test_urls_that_are_never_asked(server: Server, url: str, reason: str) -> None:
+    (outcome,) = fetched([url.replace("PORT", str(server.port))])
+    assert (outcome.reason, outcome.requests) == (reason, 0)
+    assert not server.requests
+
+
+def test_a_name_cannot_change_its_mind(server: Server) -> None:
+    """A rebinding name: what was checked is what is connected, and each new answer is checked anew."""
+    names = Names()
+    names.answers["rebind.test"] = [[SERVER], [CANARY]]
+    first, other = (f"http://rebind.test:{port}/ok" for port in (server.port, server.other_port))
+
+    async def rebind(fetcher: Fetcher) -> None:
+        assert (await fetcher.fetch(first)).status == "ok"
+        assert (await fetcher.fetch(other)).reason == "address"
+        assert (await fetcher.fetch(first)).status == "ok"
+        assert names.asked["rebind.test"] == 2
+
+    with_fetcher(rebind, names, robots=False)
+
+
+@pytest.mark.parametrize("inside", [CANARY, "10.0.0.1", "::1", "fe80::1%lo", "64:ff9b::7f00:1", "not an address"])
+def test_a_name_with_one_private_address_is_refused(server: Server, inside: str) -> None:
+    names = Names()
+    names.answers["mixed.test"] = [[SERVER, inside]]
+    (outcome,) = fetched([f"http://mixed.test:{server.port}/ok"], names)
+    assert (outcome.status, outcome.reason) == ("blocked", "address")
+    assert not server.requests
+
+
+def test_the_systems_resolver_is_checked_too() -> None:
+    async def local() -> Outcome:
+        async with Fetcher(quick()) as fetcher:
+            return await fetcher.fetch("http://localhost:9/ok")
+
+    assert asyncio.run(local()).reason == "address"
+
+
+def test_a_burst_of_dead_hosts_costs_one_lookup_each(server: Server) -> None:
+    names = Names()
+    outcomes = fetched([f"http://n{number % 50}.nowhere/{number}" for number in range(500)], names)
+    assert {(outcome.status, outcome.reason) for outcome in outcomes} == {("retry", "dns")}
+    assert max(names.asked.values()) == 1
+
+
+def test_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=tls.test"]
+    words += ["-addext", "subjectAltName=DNS:tls.test", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([openssl, *words], check=True, capture_output=True)
+    server = Server(certificate, key)
+    urls = [f"https://{name}.test:{server.port}/ok" for name in ("tls", "other")]
+    try:
+        (unsigned,) = fetched(urls[:1])
+        assert (unsigned.status, unsigned.reason) == ("retry", "tls")
+        assert not server.requests
+        trusting = ssl.create_default_context(cafile=str(certificate))
+        monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", trusting)
+        assert [outcome.reason for outcome in fetched(urls)] == ["ok", "tls"]
+        (plain,) = fetched([urls[0].replace("https", "http")])
+        assert plain.reason in ("connection", "malformed")
+    finally:
+        server.close()
+
+
+def test_a_host_where_nothing_listens(server: Server) -> None:
+    closed = Server()
+    closed.close()
+    (outcome,) = fetched([f"http://closed.test:{closed.port}/ok"])
+    assert (outcome.status, outcome.reason, outcome.host) == ("retry", "connection", "closed.test")
+
+
+# ---------------------------------------------------------------- politeness
+
+
+def test_a_short_pause_is_waited_out(server: Server) -> None:
+    server.answers["/busy"] = [FIXED["storm"]]
+    (outcome,) = fetched([f"http://busy.test:{server.port}/busy"], deadline=4)
+    assert (outcome.status, outcome.requests) == ("ok", 2)
+
+
+def test_a_paused_host_is_not_asked_for_its_other_urls(server: Server) -> None:
+    async def later(fetcher: Fetcher) -> None:
+        await fetcher.fetch(f"http://busy.test:{server.port}/later")
+        outcome = await fetcher.fetch(f"http://busy.test:{server.port}/ok")
+        assert (outcome.status, outcome.reason, outcome.requests) == ("retry", "http_503", 0)
+        assert outcome.retry_at is not None and outcome.retry_at > time.time() + 3000
+        assert (await fetcher.fetch(f"http://other.test:{server.port}/ok")).status == "ok"
+
+    with_fetcher(later)
+    assert server.requests["busy.test/ok"] == 0
+
+
+def test_a_dead_host_is_soon_left_alone(server: Server) -> None:
+    """A thousand URLs of a host that does not answer take a few deadlines, not a thousand."""
+
+    async def dead(fetcher: Fetcher) -> None:
+        started = time.monotonic()
+        outcomes = await asyncio.gather(
+            *(fetcher.fetch(f"http://dead.test:{server.port}/silent?{n}") for n in range(1000))
+        )
+        assert {outcome.reason for outcome in outcomes} == {"timeout"}
+        assert sum(outcome.requests for outcome in outcomes) < 50
+        assert time.monotonic() - started < 10
+
+    with_fetcher(dead, deadline=0.3, robots=False)
+
+
+def test_connections_to_one_host_are_bounded(server: Server) -> None:
+    urls = [f"http://few.test:{server.port}/slow?{number}" for number in range(6)]
+    assert {outcome.status for outcome in fetched(urls, host_connections=2, robots=False)} == {"ok"}
+    assert server.most_busy == 2
+
+
+def test_connections_are_bounded(server: Server) -> None:
+    urls = [f"http://h{number}.test:{server.port}/slow" for number in range(6)]
+    assert {outcome.status for outcome in fetched(urls, connections=3, robots=False)} == {"ok"}
+    assert server.most_busy == 3
+
+
+def test_connections_are_kept(server: Server) -> None:
+    urls = [f"http://keep.test:{server.port}/ok?{number}" for number in range(40)]
+    assert {outcome.status for outcome in fetched(urls, host_connections=2)} == {"ok"}
+    assert server.peers[SERVER] <= 3
+
+
+def test_idle_connections_are_bounded(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "IDLE_HOSTS", 3)
+
+    async def many(fetcher: Fetcher) -> None:
+        for number in range(10):
+            assert (await fetcher.fetch(f"http://h{number}.test:{server.port}/ok")).status == "ok"
+        assert len(fetcher._session.connector._conns) == 3
+
+    with_fetcher(many, robots=False)
+
+
+def test_a_rate_is_kept(server: Server) -> None:
+    started = time.monotonic()
+    urls = [f"http://slow.test:{server.port}/ok?{number}" for number in range(15)]
+    outcomes = fetched(urls, host_rate=5, deadline=0.5, robots=False)
+    assert {outcome.status for outcome in outcomes} == {"ok"}, "waiting for a turn counts in no deadline"
+    assert time.monotonic() - started > 1.5
+
+
+# ---------------------------------------------------------------- robots
+
+
+def test_robots_txt_is_asked_once_and_obeyed(server: Server) -> None:
+    rules = b"User-agent: *\nDisallow: /private\n"
+    server.robots["rules.test"] = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(rules) + rules
+    urls = [f"http://rules.test:{server.port}/{path}" for path in ("ok", "private/a", "private/b", "else")]
+    assert [outcome.reason for outcome in fetched(urls)] == ["ok", "robots", "robots", "ok"]
+    assert server.requests["rules.test/robots.txt"] == 1 and server.requests["rules.test/private/a"] == 0
+    assert {outcome.reason for outcome in fetched(urls, robots=False)} == {"ok"}
+    assert server.requests["rules.test/robots.txt"] == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("status_403", "ok"),
+        ("status_410", "ok"),
+        ("loop", "ok"),
+        ("empty", "ok"),
+        ("gzip", "ok"),
+        ("garbage", "ok"),
+        ("status_500", "http_500"),
+        ("status_503", "http_503"),
+        ("storm_without", "http_429"),
+        ("to_metadata", "address"),
+    ],
+)
+def test_a_robots_txt_that_cannot_be_had(server: Server, answer: str, reason: str) -> None:
+    """RFC 9309: not there allows everything, not there now forbids everything."""
+    server.robots["rules.test"] = FIXED[answer]
+    (outcome,) = fetched([f"http://rules.test:{server.port}/fine"])
+    assert outcome.reason == reason
+
+
+def test_a_redirect_is_under_the_rules_of_its_target(server: Server) -> None:
+    rules = b"User-agent: hpc_mm\nDisallow: /\n"
+    server.robots["target.test"] = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(rules) + rules
+    server.answers["/away"] = [
+        b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: http://target.test:PORT/ok\r\n\r\n"
+    ]
+    (outcome,) = fetched([f"http://start.test:{server.port}/away"])
+    assert (outcome.reason, outcome.host) == ("robots", "start.test")
+
+
+def test_a_longer_robots_txt_is_cut(server: Server) -> None:
+    rules = b"User-agent: *\nDisallow: /private\n" + b"#" * 600_000 + b"\nDisallow: /\n"
+    server.robots["rules.test"] = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(rules) + rules
+    urls = [f"http://rules.test:{server.port}/{path}" for path in ("ok", "private/a")]
+    assert [outcome.reason for outcome in fetched(urls)] == ["ok", "robots"]
+
+
+def test_noai_is_a_setting(server: Server) -> None:
+    (outcome,) = fetched([f"http://x.test:{server.port}/noai"], noai=False)
+    assert outcome.data == IMAGE
+
+
+# ---------------------------------------------------------------- memory and settings
+
+
+def test_when_buffers_are_full_the_oldest_goes_on() -> None:
+    async def share() -> list[str]:
+        buffers, order = Buffers(10), []
+        old, new = Trip(1), Trip(1)
+
+        async def read(name: str, trip: Trip) -> None:
+            for _ in range(4):
+                await buffers.take(trip, 5)
+                await asyncio.sleep(0)
+            order.append(name)
+            buffers.give_back(trip)
+
+        await asyncio.wait_for(asyncio.gather(read("old", old), read("new", new)), 10)
+        assert buffers._total == 0
+        return order
+
+    assert asyncio.run(share()) == ["old", "new"]
+
+
+def test_buffers_that_are_too_small_for_all_still_serve_all(server: Server) -> None:
+    urls = [f"http://h{number}.test:{server.port}/ok" for number in range(20)]
+    assert {outcome.status for outcome in fetched(urls, buffers_mb=0.0001, deadline=10)} == {"ok"}
+
+
+def test_many_large_bodies_at_once_stay_within_the_buffers(server: Server) -> None:
+    """Thirty times 8 MB, where 16 MB may be held; each connection reads some further 0.6 MB ahead."""
+    urls = [f"http://h{number}.test:{server.port}/endless_chunks" for number in range(30)]
+
+    async def large(fetcher: Fetcher) -> None:
+        forget_peak()
+        before = peak_mb()
+        outcomes = await asyncio.gather(*map(fetcher.fetch, urls))
+        assert {outcome.reason for outcome in outcomes} == {"too_large"}
+        assert peak_mb() - before < 64
+
+    with_fetcher(large, max_mb=8, buffers_mb=16, deadline=30)
+
+
+def test_a_cancelled_fetch_leaves_nothing_behind(server: Server) -> None:
+    async def cancel(fetcher: Fetcher) -> None:
+        task = asyncio.create_task(fetcher.fetch(f"http://slow.test:{server.port}/slow_body"))
+        while not fetcher._buffers._total:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert (fetcher._buffers._total, fetcher._hosts["slow.test"].users) == (0, 0)
+        assert (await fetcher.fetch(f"http://slow.test:{server.port}/ok")).status == "ok"
+
+    with_fetcher(cancel, connections=1, host_connections=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"allow": ("127.0.0.1/8",)}, "host bits"),
+        ({"user_agent": "two\r\nlines"}, "pattern"),
+        ({"deadline": 0}, "greater than 0"),
+        ({"conections": 3}, "conections"),
+    ],
+)
+def test_wrong_settings_are_told(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Web(**values)
+
+
+def test_every_reason_has_a_meaning() -> None:
+    assert {web.meaning(reason) for _, reason in web.ERRORS} == {"retry", "blocked", "poison"}
+    assert set(web.MEANING) >= web.UNREACHABLE
+    assert [web.meaning(f"http_{status}") for status in (200, 304, 404, 403, 429, 599)] == [
+        "poison", "poison", "gone", "blocked", "retry", "retry",
+    ]  # fmt: skip
