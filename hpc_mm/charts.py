@@ -71,7 +71,7 @@ def histogram(title: str, unit: str, values: Sequence[float]) -> str:
     whole = all(float(value).is_integer() for value in values) and most - min(values) < BARS
 
     def draw(axes: Axes) -> None:
-        bins = np.arange(min(values), most + 2) - 0.5 if whole else BARS
+        bins = list(np.arange(min(values), most + 2) - 0.5) if whole else BARS
         axes.hist(np.minimum(values, most), bins=bins, color=COLORS[0], rwidth=0.9)
         axes.set_xlabel(f"{unit} ({told})")
         axes.set_ylabel("how many")
