@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 matplotlib.use("Agg")
 
@@ -66,14 +67,16 @@ def chart(title: str, unit: str, lines: list[Line]) -> str:
 
 def histogram(title: str, unit: str, values: Sequence[float]) -> str:
     """An HTML figure: how many of the values lie where, those above the 99th percentile in the last bar."""
-    most = float(np.percentile(values, 99))
+    most = float(np.percentile(values, 99, method="higher"))
     told = f"median {np.median(values):,.4g}, 99 % up to {most:,.4g}, largest {max(values):,.4g}"
     whole = all(float(value).is_integer() for value in values) and most - min(values) < BARS
 
     def draw(axes: Axes) -> None:
         bins = list(np.arange(min(values), most + 2) - 0.5) if whole else BARS
         axes.hist(np.minimum(values, most), bins=bins, color=COLORS[0], rwidth=0.9)
-        axes.set_xlabel(f"{unit} ({told})")
+        if whole:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(f"{unit}\n{told}")
         axes.set_ylabel("how many")
 
     return drawn(title, f"{title}, {unit}: {told}", draw)

@@ -219,20 +219,18 @@ def repeated(corpus: Corpus, title: str, explained: str, key: Callable[[Checked]
     return Listing(title, explained, lines)
 
 
-def overlaps(corpus: Corpus, options: Lint) -> Iterator[Listing]:
-    for address in options.against:
-        known = NearHashes(hashes_at(address), options.distance)
-        lines = [f"{sample}: {image.hash:016x}" for sample, image in corpus.images if known.near(image.hash)]
-        explained = f"perceptual hashes that differ from one of {address} in at most {options.distance} bits"
-        yield Listing(f"images of {address}", explained, lines)
+def overlap(corpus: Corpus, address: str, known: NearHashes) -> Listing:
+    lines = [f"{sample}: {image.hash:016x}" for sample, image in corpus.images if known.near(image.hash)]
+    explained = f"perceptual hashes that differ from one of {address} in at most {known.distance} bits"
+    return Listing(f"images of {address}", explained, lines)
 
 
-def noticed(corpus: Corpus, options: Lint) -> list[Listing]:
+def noticed(corpus: Corpus, sets: dict[str, NearHashes]) -> list[Listing]:
     """What a corpus may have and still be whole."""
     return [
         repeated(corpus, "images stored more than once", "equal bytes", lambda image: image.sha256),
         repeated(corpus, "images that look the same", "equal perceptual hashes", lambda image: image.hash),
-        *overlaps(corpus, options),
+        *(overlap(corpus, address, known) for address, known in sets.items()),
     ]
 
 
@@ -274,9 +272,9 @@ def page(corpus: Corpus, others: list[Listing], options: Lint) -> str:
         f"<h1>{escape(corpus.address)}</h1>\n<p>{escape(contents(corpus))}: {verdict}</p>",
         f'<div class="tiles">{boxes}</div>',
         "<h2>Broken</h2>",
-        *([listed(listing) for listing in broken(corpus)] or ["<p>Nothing.</p>"]),
+        listed(broken(corpus), " open") if corpus.broken else "<p>Nothing.</p>",
         "<h2>Noticed</h2>",
-        *(listed(listing) for listing in others),
+        listed(others),
         '<h2>What is in it</h2>\n<div class="charts">' + "\n".join(charts(corpus, options)) + "</div>",
         "<h2>Samples</h2>\n<p>The first image and the start of the text.</p>",
         f'<div class="samples">{cards(corpus)}</div>',
@@ -284,14 +282,15 @@ def page(corpus: Corpus, others: list[Listing], options: Lint) -> str:
     return PAGE.format(title=escape(f"{corpus.address}: lint"), style=STYLE, body="\n".join(parts))
 
 
-def listed(listing: Listing) -> str:
-    """A title with a count, which opens to the first lines."""
-    head = f"{escape(listing.title)}: {len(listing.lines):,}"
-    about = f"<p>{escape(listing.explained)}</p>" if listing.explained else ""
-    if not listing.lines:
-        return f'<div class="card">{head}{about}</div>'
-    lines = "\n".join(shortened(listing.lines))
-    return f'<details class="card"><summary>{head}</summary>{about}<pre>{escape(lines)}</pre></details>'
+def listed(listings: list[Listing], is_open: str = "") -> str:
+    """Titles with counts, which open to the first lines."""
+    boxes = []
+    for listing in listings:
+        head = f"{escape(listing.title)}: {len(listing.lines):,}"
+        about = f"<p>{escape(listing.explained)}</p>" if listing.explained else ""
+        lines = f"<pre>{escape(chr(10).join(shortened(listing.lines)))}</pre>" if listing.lines else ""
+        boxes.append(f'<details class="card"{is_open}><summary>{head}</summary>{about}{lines}</details>')
+    return '<div class="charts">' + "\n".join(boxes) + "</div>"
 
 
 def shortened(lines: Sequence[str]) -> list[str]:
@@ -321,8 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("shards", "out"):
             if not getattr(options, name):
                 raise ConfigError(f"{name}=FOLDER is missing: " + (Lint.model_fields[name].description or ""))
+        sets = {address: NearHashes(hashes_at(address), options.distance) for address in options.against}
         corpus = lint(options)
-        others = noticed(corpus, options)
+        others = noticed(corpus, sets)
         out = open_store(options.out, make=True)
         out.write("index.html", page(corpus, others, options).encode(errors="replace"))
     except (ConfigError, StoreError) as error:
