@@ -62,7 +62,13 @@ def test_functions_and_files_stay_short(path: Path) -> None:
             assert length <= 60, f"{node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("module", ["config", "launch", "report", "index", "checkpoint", "data.store", "data.shards"])
+NO_TORCH = (
+    *("config", "launch", "report", "index", "checkpoint", "lint", "prepare", "data.store", "data.shards"),
+    *("data.pictures", "data.recode", "data.perceptual", "data.filters"),
+)
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
 def test_no_torch_where_a_login_node_waits(module: str) -> None:
     code = f"import sys, hpc_mm.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
