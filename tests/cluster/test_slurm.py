@@ -276,7 +276,7 @@ def test_a_signal_that_comes_while_ranks_import_is_told_again(user: dict[str, st
     run, job = tmp_path / "runs" / "toy", job_of(tmp_path / "runs" / "toy")
     for rank in range(2):
         appears(run / f"importing{rank}")
-    subprocess.run(["scancel", "--full", "--signal=TERM", job], check=True)
+    subprocess.run(["scancel", "--batch", "--signal=TERM", job], check=True)  # to the supervisor alone
     assert wait(job) == "FAILED"
     assert endings(run) == [("ended", 0, 1)] and "it got SIGTERM" in log_of(run, job)
 
