@@ -476,8 +476,9 @@ def test_many_large_bodies_at_once_stay_within_the_buffers(server: Server) -> No
 def test_a_cancelled_fetch_leaves_nothing_behind(server: Server) -> None:
     async def cancel(fetcher: Fetcher) -> None:
         task = asyncio.create_task(fetcher.fetch(f"http://slow.test:{server.port}/slow_body"))
-        while not fetcher._buffers._total:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            while not fetcher._buffers._total:
+                await asyncio.sleep(0.01)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert (fetcher._buffers._total, fetcher._hosts["slow.test"].users) == (0, 0)
