@@ -150,8 +150,8 @@ FIXED = {
 ACTIVE: dict[str, Answer] = {
     function.__name__: function
     for function in (
-        slow_body, slow_headers, silent, slow, stalling, endless, endless_chunks, tiny_chunks, many_headers, long_header,
-        many_continues, unasked, half_closed, cut_chunk,
+        slow_body, slow_headers, silent, slow, stalling, endless, endless_chunks, tiny_chunks, many_headers,
+        long_header, many_continues, unasked, half_closed, cut_chunk,
     )
 }  # fmt: skip
 
