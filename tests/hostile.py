@@ -65,6 +65,14 @@ async def slow(out: asyncio.StreamWriter) -> None:
     out.write(FIXED["ok"])
 
 
+async def stalling(out: asyncio.StreamWriter) -> None:
+    out.write(head("200 OK", "Content-Length: 8000000"))
+    for _ in range(60):
+        out.write(bytes(65536))
+        await out.drain()
+    await asyncio.sleep(60)
+
+
 async def endless(out: asyncio.StreamWriter) -> None:
     out.write(head("200 OK", "Content-Type: image/jpeg"))
     await for_ever(out, bytes(65536))
@@ -142,8 +150,8 @@ FIXED = {
 ACTIVE: dict[str, Answer] = {
     function.__name__: function
     for function in (
-        slow_body, slow_headers, silent, slow, endless, endless_chunks, tiny_chunks, many_headers, long_header,
-        many_continues, unasked, half_closed, cut_chunk,
+        slow_body, slow_headers, silent, slow, stalling, endless, endless_chunks, tiny_chunks, many_headers,
+        long_header, many_continues, unasked, half_closed, cut_chunk,
     )
 }  # fmt: skip
 
