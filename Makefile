@@ -29,6 +29,7 @@ bench: .venv/all.stamp .venv-peers/peers.stamp
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/download.py
 
 # What a shared cluster does to a run, done on purpose: half an hour on the cluster of make cluster.
 chaos: .venv/all.stamp
@@ -54,10 +55,12 @@ clean:
 	$(BIN)/pip install --quiet --no-deps open_flamingo==2.0.1
 	touch $@
 
-# mosaicml-streaming, which plan.py measures, needs transformers and NumPy older than ours.
+# mosaicml-streaming, which plan.py measures, needs transformers and NumPy older than ours; img2dataset has needs of its own.
 .venv-peers/peers.stamp: Makefile
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet mosaicml-streaming==0.13.0 torch==2.15.0 torchvision==0.29.2
+	$(PYTHON) -m venv .venv-peers/img2dataset
+	.venv-peers/img2dataset/bin/pip install --quiet img2dataset==1.47.0
 	touch $@
 
 # On a machine with a GPU: parity in bf16, speed and memory beside open_flamingo, and the loader's rate. Under 8 minutes.

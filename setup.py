@@ -9,7 +9,6 @@ TRAIN = [
     "deepspeed>=0.19",  # from here on it skips a step whose gradient is not finite
     "ninja",  # DeepSpeed compiles its host operations with it
     "safetensors>=0.4",
-    "pillow>=11",
     "wandb",
 ]
 EVAL: list[str] = []
@@ -21,6 +20,8 @@ DEV = [
     "types-PyYAML",
     "boto3-stubs[s3]",
     "scipy-stubs",
+    "awscli",  # an S3 client of other people's
+    "imagehash",  # oracle of our perceptual hashes
     "webdataset",  # our shards must be readable by it
     "pycocoevalcap",  # oracle of our caption metrics (needs Java)
     "einops",  # open_flamingo's (itself installed without its outdated dependencies)
@@ -36,9 +37,12 @@ setup(
     packages=find_packages(include=["hpc_mm", "hpc_mm.*"]),
     package_data={"hpc_mm": ["py.typed"]},
     install_requires=[
+        "aiohttp>=3.11",  # downloads
         "boto3>=1.35",  # S3 and Ceph
         "matplotlib>=3.9",
         "numpy>=2",
+        "pillow>=11",
+        "protego>=0.4",  # robots.txt by RFC 9309
         "pyarrow>=17",  # parquet corpora
         "pydantic>=2.9",
         "pyyaml>=6",

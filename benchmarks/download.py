@@ -1,6 +1,6 @@
 """Images per second from URLs to a store, beside img2dataset, from the same loopback server in the same minutes.
 
-    python benchmarks/download.py [images=6000] [peer=.venv-peers/bin/img2dataset] [rounds=3]
+    python benchmarks/download.py [images=6000] [peer=.venv-peers/img2dataset/bin/img2dataset] [rounds=3]
 
 Both are timed as a user runs them: from starting the command to its end, with everything in files on this disk;
 memory is the largest sum of the resident pages of all of their processes. img2dataset writes tars, ours images by key.
@@ -157,7 +157,7 @@ def main() -> None:
         asyncio.run(serve())
         return
     count, rounds = int(arguments.get("images", 6000)), int(arguments.get("rounds", 3))
-    peer = str(Path(arguments.get("peer", ".venv-peers/bin/img2dataset")).absolute())
+    peer = str(Path(arguments.get("peer", ".venv-peers/img2dataset/bin/img2dataset")).absolute())
     server = subprocess.Popen([sys.executable, __file__, "what=serve"], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

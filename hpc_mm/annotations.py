@@ -23,12 +23,16 @@ from pydantic import Field
 from hpc_mm import pack, prepare
 from hpc_mm.config import ConfigError
 from hpc_mm.data.documents import BrokenRecord, Record
+from hpc_mm.data.perceptual import perceptual_hash, write_hashes
+from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.records import DamagedFile
 from hpc_mm.data.schema import Image, Sample
+from hpc_mm.data.shards import MANIFEST, read_samples
 from hpc_mm.data.sources import open_source
-from hpc_mm.data.store import Store, opened
+from hpc_mm.data.store import Store, StoreError, open_store, opened
 
 ENDINGS = (".json", ".json.gz", ".zip")
+HASHES = "hashes.npy"  # of a benchmark's images, beside its shards
 LARGEST = 2**32  # bytes of a JSON file, uncompressed
 TOLD = 3  # of several of the same mistakes
 KEPT = ("question_id", "question", "question_type", "answer_type", "answerable", "multiple_choice_answer", "answers")
@@ -187,9 +191,34 @@ def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options
 
 def main(kind: type[Benchmark], arguments: Sequence[str] | None = None) -> int:
     """The command line of a benchmark's script."""
-    code = prepare.main(kind, urls, arrange, sys.argv[1:] if arguments is None else arguments)
-    # LEAD: here the perceptual-hash index of the shards' images is written beside them (hpc_mm/data/perceptual.py).
-    return code
+    words = sys.argv[1:] if arguments is None else arguments
+    code = prepare.main(kind, urls, arrange, words)
+    if code:
+        return code
+    try:
+        write_hash_index(open_store(prepare.read_options(kind, words).out))
+    except (ConfigError, StoreError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_hash_index(out: Store) -> None:
+    """Beside whole shards, the perceptual hashes of their images: what filters.against=ADDRESS leaves out elsewhere.
+
+    ConfigError where an image does not decode: with part of its images this is no benchmark.
+    """
+    if out.size(MANIFEST) is None or out.size(HASHES) is not None:
+        return
+    write_hashes(out, HASHES, map(hash_of, read_samples(out)))
+
+
+def hash_of(sample: Sample) -> int:
+    (image,) = sample.images
+    try:
+        return perceptual_hash(image.data or b"")
+    except UnreadableImage as error:
+        raise ConfigError(f"image {sample.id} does not decode: {error}") from None
 
 
 # ---------------------------------------------------------------- captions

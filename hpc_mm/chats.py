@@ -21,6 +21,7 @@ class Chats(NamedImages):
     """What scripts of chats take. A chat may have no image, but none that cannot be had."""
 
     TEXT_ALONE: ClassVar[bool] = True
+    WHOLE: ClassVar[bool] = True
 
 
 def names_of(value: Any) -> list[str]:

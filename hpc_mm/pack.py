@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from hpc_mm.config import ConfigError, Part, Positive
 from hpc_mm.data.documents import BrokenRecord, Record
+from hpc_mm.data.filters import Filtering, Filters
 from hpc_mm.data.records import ENDINGS, DamagedFile, WrongColumns, check_columns, holds_records, read_records
 from hpc_mm.data.schema import Sample, image_key
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
@@ -33,6 +34,8 @@ class Packing(Part):
     """How the work is done; everything else must be the same for all parts of a corpus."""
     TEXT_ALONE: ClassVar[bool] = False
     """Whether a sample may have no image."""
+    WHOLE: ClassVar[bool] = False
+    """Whether a sample goes with the first of its images that is filtered out."""
 
     source: str = Field(description="file or folder of records: a path, s3://bucket/prefix or https://...")
     out: str = Field(description="folder of shards to write: a path or s3://bucket/prefix")
@@ -67,6 +70,8 @@ class Packing(Part):
     def key(self, name: str) -> str:
         """Where an image that a record names lies in the store of images."""
         return image_key(name)
+
+    filters: Filters = Field(Filters(), description="what is left out of the corpus")
 
     def smallest(self, record: Record) -> int:
         """Bytes that an image of this record must have."""
@@ -221,10 +226,17 @@ def start_fetching(
     return Fetched(record, {key: threads.submit(fetch, store, key, smallest) for key in sorted(keys)})
 
 
-def prepare_part(
-    store: Store, part: SourcePart, out: Store, options: Options, urls: Urls[Options], arrange: Arrange[Options]
+def pack_part(
+    store: Store,
+    part: SourcePart,
+    out: Store,
+    options: Options,
+    urls: Urls[Options],
+    arrange: Arrange[Options],
+    filtering: Filtering,
 ) -> dict[str, Any]:
     """Write the shards of one file of records, then its done marker, which is returned."""
+    filtering.start_file()
     counts: Counter[str] = Counter()
     places: dict[str, list[str]] = {}
     options.check(store, part)
@@ -247,9 +259,13 @@ def prepare_part(
             if not sample.images and not options.TEXT_ALONE:
                 counts["left out: no image"] += 1
                 continue
+            kept, filtered = filtering(sample)
+            counts += filtered
+            if kept is None:
+                continue
             counts["samples"] += 1
-            counts["images"] += len(sample.images)
-            writer.add(sample)
+            counts["images"] += len(kept.images)
+            writer.add(kept)
     marker = {
         "made_from": f"{part.key} of {part.bytes} bytes",
         "options": kept_options(options),
@@ -290,12 +306,13 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
     store, parts = options.parts()
     check_first(options, store, parts[0])
     out = open_store(options.out, make=True)
+    filtering = Filtering(options.filters, options.WHOLE)
     failed: list[str] = []
     for number, part in enumerate(parts):
         mine = options.task is None or number % options.tasks == options.task
         if mine and read_marker(out, part, options) is None:
             try:
-                done = prepare_part(store, part, out, options, urls, arrange)
+                done = pack_part(store, part, out, options, urls, arrange, filtering)
             except (DamagedFile, StoreError) as error:
                 failed.append(f"{part.key}: {error}")
                 continue

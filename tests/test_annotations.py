@@ -2,10 +2,12 @@ import gzip
 import io
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 from hypothesis import given
 from hypothesis import strategies as st
 from scripts import run, written
@@ -25,7 +27,12 @@ def put_images(folder: Path, *names: str) -> None:
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"\xff\xd8" + name.encode())
+        path.write_bytes(image_of(name))
+
+
+def image_of(name: str) -> bytes:
+    """Another one for every name."""
+    return samples.encoded(samples.picture(zlib.crc32(name.encode())))
 
 
 def answer(number: int, text: str) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def test_coco_has_the_published_splits(tmp_path: Path) -> None:
     ]
     file_name = f"val2014/{names[2]}"
     assert found[2].metadata == {"split": "test", "file_name": file_name, "captions": ["test 0", "test 1"]}
-    assert [image.data for image in found[2].images] == [b"\xff\xd8" + file_name.encode()] and len(found[2].parts) == 1
+    assert [image.data for image in found[2].images] == [image_of(file_name)] and len(found[2].parts) == 1
 
 
 def test_flickr30k_is_known_by_file_names(tmp_path: Path) -> None:

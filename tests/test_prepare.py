@@ -15,7 +15,7 @@ import pytest
 import samples
 from scripts import SCRIPTS, run
 
-from hpc_mm import prepare
+from hpc_mm import pack
 from hpc_mm.config import ConfigError, Loader, Source
 from hpc_mm.data.schema import Sample, Text, image_key
 from hpc_mm.data.shards import check_shards, read_manifest, read_samples
@@ -327,7 +327,8 @@ def test_other_values_or_files_are_refused(tmp_path: Path, images: Store, capsys
 def test_a_killed_run_is_finished_by_the_next(tmp_path: Path, images: Store, uploads: int) -> None:
     """SIGKILL at the n-th file that is put into place; then the same command again makes what one run makes."""
     where = corpus(tmp_path, files=2)
-    words = [f"{key}={value}" for key, value in {**where, "out": tmp_path / "out"}.items()]
+    values = {**where, "out": tmp_path / "out", "stage": "pack", "cluster": "local"}
+    words = [f"{key}={value}" for key, value in values.items()]
     program = f"""
 import os, runpy, signal, sys
 left, replace = {uploads}, os.replace
@@ -381,8 +382,8 @@ class Down(FolderStore):
 
 
 def test_a_store_that_is_down_loses_no_images(tmp_path: Path) -> None:
-    with pytest.raises(prepare.StoreDown, match="failed for 60 s"):
-        prepare.fetch(Down(str(tmp_path)), "a", 0)
+    with pytest.raises(pack.StoreDown, match="failed for 60 s"):
+        pack.fetch(Down(str(tmp_path)), "a", 0)
 
 
 def test_a_damaged_file_does_not_stop_the_others(
@@ -413,7 +414,9 @@ def test_a_damaged_file_does_not_stop_the_others(
         ({"source": "empty"}, "holds no .jsonl"),
         ({"source": "nothing.jsonl"}, "nothing.jsonl holds no records"),
         ({"images": "nowhere"}, "no folder"),
-        ({"tasks": 9}, "tasks=9 is more than the 5 files"),
+        ({"stage": "fetch"}, "no folder|has no plan: stage=plan comes before"),
+        ({"stage": "pak"}, "stage='pak'"),
+        ({"recode.resize": "crop"}, "recode.resize='crop'"),
         ({"tasks": 2, "task": 2}, "task=2 is not one of tasks=2: 0 to 1"),
         ({"tasks": "x"}, "tasks='x'"),
         ({"max_image": 5}, "did you mean max_images"),
@@ -434,7 +437,7 @@ def test_mistakes_are_one_line(
 
 def test_what_is_needed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("cc3m") == 2
-    assert capsys.readouterr().err == "source is missing; images is missing; out is missing\n"
+    assert capsys.readouterr().err == "source=... is missing: file or folder of records: a path, s3://bucket/prefix or https://...\n"
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path, images: Store, capsys: pytest.CaptureFixture[str]) -> None:
