@@ -233,6 +233,7 @@ def pack_part(
     options: Options,
     urls: Urls[Options],
     arrange: Arrange[Options],
+    images: Store,
     filtering: Filtering,
 ) -> dict[str, Any]:
     """Write the shards of one file of records, then its done marker, which is returned."""
@@ -241,15 +242,15 @@ def pack_part(
     places: dict[str, list[str]] = {}
     options.check(store, part)
     records = options.records(store, part)
-    found = fetched(records, lambda record: urls(record, options), open_store(options.images), options)
+    found = fetched(records, lambda record: urls(record, options), images, options)
     with ShardWriter(out, part.name, options.shard_mb * 2**20, manifest=False) as writer, closing(found):
         for number, item in enumerate(found):
             counts["records"] += 1
             try:
                 if isinstance(item, BrokenRecord):
                     raise item
-                images = bytes_of(item.images, counts)
-                sample = arrange(item.record, f"{part.name}-{number:08d}", images, options)
+                found_images = bytes_of(item.images, counts)
+                sample = arrange(item.record, f"{part.name}-{number:08d}", found_images, options)
             except BrokenRecord as reason:
                 counts[f"left out: {reason}"] += 1
                 place = reason.place or (item.record.place if isinstance(item, Fetched) else "")
@@ -306,13 +307,13 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
     store, parts = options.parts()
     check_first(options, store, parts[0])
     out = open_store(options.out, make=True)
-    filtering = Filtering(options.filters, options.WHOLE)
+    images, filtering = open_store(options.images), Filtering(options.filters, options.WHOLE)
     failed: list[str] = []
     for number, part in enumerate(parts):
         mine = options.task is None or number % options.tasks == options.task
         if mine and read_marker(out, part, options) is None:
             try:
-                done = pack_part(store, part, out, options, urls, arrange, filtering)
+                done = pack_part(store, part, out, options, urls, arrange, images, filtering)
             except (DamagedFile, StoreError) as error:
                 failed.append(f"{part.key}: {error}")
                 continue

@@ -437,7 +437,10 @@ def test_mistakes_are_one_line(
 
 def test_what_is_needed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("cc3m") == 2
-    assert capsys.readouterr().err == "source=... is missing: file or folder of records: a path, s3://bucket/prefix or https://...\n"
+    assert (
+        capsys.readouterr().err
+        == "source=... is missing: file or folder of records: a path, s3://bucket/prefix or https://...\n"
+    )
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path, images: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import re
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -55,6 +56,20 @@ ABSENT_CODES = {"NoSuchKey", "404", "NotFound"}
 RETRIED_CODES = {"SlowDown", "Throttling", "RequestTimeout", "TooManyRequests", "429"}
 
 
+class Making:
+    """A lock that a forked process has anew, whoever held it in the old one."""
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self.lock = threading.Lock()
+
+
+MAKING = Making()
+
+
 class S3Store:
     """A bucket below a prefix. One boto3 client per process, made after any fork; safe with threads."""
 
@@ -71,7 +86,11 @@ class S3Store:
 
     def _client(self) -> Any:
         client = self._clients.get(os.getpid())
-        return client or self._clients.setdefault(os.getpid(), new_client(self.address, self.deadline))
+        if client is None:
+            with MAKING.lock:  # a client takes half a second of a core; threads that start together need but one
+                client = self._clients.get(os.getpid()) or new_client(self.address, self.deadline)
+                self._clients[os.getpid()] = client
+        return client
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{checked(key)}" if self.prefix else checked(key)

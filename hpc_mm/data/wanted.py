@@ -92,9 +92,10 @@ def make_plan(
         # As many groups as parts are needed at most, before anything is known of the store.
         groups = min(GROUPS, max(1, -(-counts["named"] // part_urls)))
         grouped = Spill(Path(folder, "grouped"), groups)
+        listed = Listing(images)
         for bucket in range(BUCKETS):
             found = {image_key(url): url for url in keyed.read(bucket)}
-            present = {entry.key for entry in images.list(f"{bucket:02x}")} & set(found)
+            present = listed.beginning(f"{bucket:02x}") & set(found)
             counts.update(unique=len(found), present=len(present))
             for key in sorted(set(found) - present):
                 grouped.add(group_of(host_of(found[key]), groups), found[key])
@@ -110,6 +111,22 @@ def make_plan(
     plan = Plan(made_from, parts=tuple(parts), **numbers)
     out.write(f"{FOLDER}/{PLAN}", json.dumps(asdict(plan)).encode())
     return plan
+
+
+class Listing:
+    """The keys of a store by their beginnings, asked for in order, so that one pass over its sorted list will do."""
+
+    def __init__(self, store: Store) -> None:
+        self.keys = (entry.key for entry in store.list())
+        self.next = next(self.keys, None)
+
+    def beginning(self, start: str) -> set[str]:
+        found = set()
+        while self.next is not None and self.next[: len(start)] <= start:
+            if self.next.startswith(start):
+                found.add(self.next)
+            self.next = next(self.keys, None)
+        return found
 
 
 def group_of(host: str, groups: int) -> int:
