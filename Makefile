@@ -31,7 +31,7 @@ bench: .venv/all.stamp .venv-peers/peers.stamp
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/download.py
 
-# What a shared cluster does to a run, done on purpose: half an hour on the cluster of make cluster.
+# What a shared cluster, a killed process and a failing store do, done on purpose: most of an hour on the cluster of make cluster.
 chaos: .venv/all.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" HPC_MM_REQUIRE_CLUSTER=1 $(BIN)/python -m pytest -s -m chaos tests
 

@@ -8,7 +8,6 @@ Cases: every image resized so that its shorter side is 256 pixels (JPEG quality 
 """
 
 import asyncio
-import io
 import os
 import statistics
 import subprocess
@@ -19,27 +18,15 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pyarrow
 import pyarrow.csv
-from PIL import Image
+from loader import photo
 
 from hpc_mm.config import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = 64  # different ones
 SIZE, QUALITY = 256, 95
-
-
-def photo(seed: int) -> bytes:
-    """A picture of 640 x 480 with the detail of a photo: about 77 kB."""
-    draw = np.random.default_rng(seed)
-    small = draw.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    pixels = np.asarray(Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC)).astype(np.float32)
-    pixels += draw.normal(0, 14, (480, 640, 1))
-    file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=70)
-    return file.getvalue()
 
 
 class Answers(asyncio.Protocol):
@@ -63,7 +50,7 @@ class Answers(asyncio.Protocol):
 
 async def serve() -> None:
     for seed in range(PHOTOS):
-        body = photo(seed)
+        body = photo(seed, 640, 480)
         Answers.photos.append(
             b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         )

@@ -71,8 +71,8 @@ def test_from_urls_to_shards(server: ImageServer, tmp_path: Path) -> None:
     assert server.requests() == {}, "a second run fetches nothing"
 
 
-def test_a_rerun_fetches_only_what_failed(server: ImageServer, tmp_path: Path) -> None:
-    count = 2000
+@pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=pytest.mark.chaos)])
+def test_a_rerun_fetches_only_what_failed(server: ImageServer, tmp_path: Path, count: int) -> None:
     source = write_source(tmp_path / "pairs.jsonl", server, count)
     failing = {number for number in range(count) if number * 37 % 100 < 30}
     server.down(30)
@@ -97,13 +97,14 @@ def test_a_rerun_fetches_only_what_failed(server: ImageServer, tmp_path: Path) -
         assert (line.sha256, line.stored) == (hashlib.sha256(data).hexdigest(), len(data))
 
 
-def test_killed_at_any_moment_the_shards_are_the_same(server: ImageServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.chaos)])
+def test_killed_at_any_moment_the_shards_are_the_same(server: ImageServer, tmp_path: Path, kills: int) -> None:
     source = write_source(tmp_path / "pairs.jsonl", server, 1500)
     words = ["tasks=2", "part_urls=300", "shard_mb=1"]
     prepared(source, tmp_path / "quiet", *words)
     draw = random.Random(7)
     server.requests()
-    for _ in range(20):
+    for _ in range(kills):
         process = subprocess.Popen(
             command(source, tmp_path / "killed", *words),
             stdout=subprocess.DEVNULL,

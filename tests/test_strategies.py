@@ -62,7 +62,7 @@ def whole(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     ("strategy", "precision"),
     [
         ("zero1", "bf16"),
-        ("zero1", "fp32"),
+        pytest.param("zero1", "fp32", marks=pytest.mark.chaos),
         ("zero2", "fp32"),
         ("zero3", "fp32"),
         ("fsdp", "fp32"),
