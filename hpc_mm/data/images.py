@@ -20,10 +20,10 @@ DRAFT_MARGIN = 1.5  # a drafted image is so many times as large as wanted; photo
 def decode(data: bytes, spec: ImageSpec) -> NDArray[np.uint8]:
     """The picture as (size, size, 3) uint8 RGB: upright, on white where transparent, short side resized, centre cut.
 
-    This is open_clip's evaluation transform (antialiased bicubic) up to normalisation, to one level of 255, two where it
-    is enlarged. A JPEG that stays at least 1.5 times as large as wanted is decoded at 1/2, 1/4 or 1/8 of its size by its
-    DCT coefficients, which stays above 35 dB PSNR. Of an animation the first frame counts. Safe with threads, which run
-    side by side.
+    This is open_clip's evaluation transform (antialiased bicubic) up to normalisation, to one level of 255, two where
+    it is enlarged. A JPEG that stays at least 1.5 times as large as wanted is decoded at 1/2, 1/4 or 1/8 of its size by
+    its DCT coefficients, which stays above 35 dB PSNR. Of an animation the first frame counts. Safe with threads, which
+    run side by side.
     """
     with opened_picture(data) as image:
         width, height = (spec.size * length // min(image.size) for length in image.size)  # as in torchvision
