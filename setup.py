@@ -37,12 +37,12 @@ setup(
     packages=find_packages(include=["hpc_mm", "hpc_mm.*"]),
     package_data={"hpc_mm": ["py.typed"]},
     install_requires=[
-        "aiohttp>=3.11",  # downloads
+        "aiohttp>=3.14",  # downloads
         "boto3>=1.35",  # S3 and Ceph
         "matplotlib>=3.9",
         "numpy>=2",
         "pillow>=11",
-        "protego>=0.4",  # robots.txt by RFC 9309
+        "protego>=0.7",  # robots.txt by RFC 9309
         "pyarrow>=17",  # parquet corpora
         "pydantic>=2.9",
         "pyyaml>=6",

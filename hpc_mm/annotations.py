@@ -27,12 +27,13 @@ from hpc_mm.data.perceptual import perceptual_hash, write_hashes
 from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.records import DamagedFile
 from hpc_mm.data.schema import Image, Sample
-from hpc_mm.data.shards import MANIFEST, read_samples
+from hpc_mm.data.shards import corpus_digest, read_manifest, read_samples
 from hpc_mm.data.sources import open_source
-from hpc_mm.data.store import Store, StoreError, open_store, opened
+from hpc_mm.data.store import MissingKey, Store, StoreError, open_store, opened
 
 ENDINGS = (".json", ".json.gz", ".zip")
 HASHES = "hashes.npy"  # of a benchmark's images, beside its shards
+HASHED = "hashes.from"  # digest of the shards that HASHES was made from
 LARGEST = 2**32  # bytes of a JSON file, uncompressed
 TOLD = 3  # of several of the same mistakes
 KEPT = ("question_id", "question", "question_type", "answer_type", "answerable", "multiple_choice_answer", "answers")
@@ -120,6 +121,7 @@ def json_members(store: Store, key: str) -> list[str]:
 class Benchmark(prepare.NamedImages):
     """What scripts of benchmarks take. An image that is missing is an error: part of a benchmark is another one."""
 
+    FETCHES: ClassVar[bool] = False
     WORK: ClassVar[frozenset[str]] = prepare.NamedImages.WORK | {"splits"}
     SPLITS: ClassVar[tuple[Split, ...]] = ()
 
@@ -197,7 +199,7 @@ def main(kind: type[Benchmark], arguments: Sequence[str] | None = None) -> int:
         return code
     try:
         write_hash_index(open_store(prepare.read_options(kind, words).out))
-    except (ConfigError, StoreError) as error:
+    except (ConfigError, StoreError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
@@ -208,9 +210,17 @@ def write_hash_index(out: Store) -> None:
 
     ConfigError where an image does not decode: with part of its images this is no benchmark.
     """
-    if out.size(MANIFEST) is None or out.size(HASHES) is not None:
+    try:
+        made_from = corpus_digest(read_manifest(out)).encode()
+    except ConfigError:  # not whole yet
         return
+    try:
+        if out.read(HASHED) == made_from:
+            return
+    except MissingKey:
+        pass
     write_hashes(out, HASHES, map(hash_of, read_samples(out)))
+    out.write(HASHED, made_from)
 
 
 def hash_of(sample: Sample) -> int:

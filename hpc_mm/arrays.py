@@ -57,7 +57,14 @@ def script(name: str, stage: str, tasks: range, words: Sequence[str], values: Sl
         command += f" task=$(({tasks.start} + SLURM_ARRAY_TASK_ID))"
     job = '"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"'
     lines += ["# Near its end the job goes back into the queue; what is done is skipped then."]
-    lines += [f"trap 'scontrol requeue {job}' USR2", f"{command} &", "wait $!", ""]
+    lines += [f"trap 'scontrol requeue {job} || true' USR2", f"{command} &", "work=$!"]
+    wait = "wait $work && code=0 || code=$?"
+    lines += [
+        f"{wait}  # which a signal ends early",
+        f"while kill -0 $work 2>/dev/null; do {wait}; done",
+        "exit $code",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -90,30 +97,41 @@ def longest_array() -> int:
 
 def queue(options: Preparation, stages: Sequence[str], words: Sequence[str]) -> int:
     """Submit the stages, each after the one before has ended well; or show their scripts (cluster=print)."""
-    site = read_site()
-    options = options.model_copy(update={"slurm": Slurm.model_validate({**options.slurm.model_dump(), **site.slurm})})
-    folder = Path(site.runs).expanduser().resolve() / f"prepare-{job_name(options)}"
+    folder = Path(read_site().runs).expanduser().resolve() / f"prepare-{job_name(options)}"
     submission = next_submission(folder)
     texts = scripts(options, stages, words, submission)
     if options.cluster == "print":
         print("\n".join(texts.values()))
         return 0
+    if not slurm.is_here():
+        raise ConfigError("cluster=slurm: sbatch is not on PATH; cluster=local runs here, cluster=print shows the jobs")
     with locked(folder):
         refuse_if_active(job_name(options))
         for text in texts.values():
             slurm.test(text)
         with frozen(submission, SNAPSHOT, texts):
             pass
-        jobs: dict[str, list[str]] = {}
-        for name in texts:
-            stage = name.removesuffix(".sbatch").partition("-")[0]
-            after = jobs[before] if (before := previous(stages, stage)) else []
-            jobs.setdefault(stage, []).append(submit(submission.folder / name, after))
+        jobs = chained(stages, submission, list(texts))
     for stage, numbers in jobs.items():
         print(f"submitted {stage}: job {', '.join(numbers)}")
     every = " ".join(job for numbers in jobs.values() for job in numbers)
     print(f"  logs    {submission.folder}\n  cancel  scancel {every}")
     return 0
+
+
+def chained(stages: Sequence[str], submission: Submission, names: Sequence[str]) -> dict[str, list[str]]:
+    """The jobs of every stage. Where Slurm refuses one, those before it are taken back."""
+    jobs: dict[str, list[str]] = {}
+    try:
+        for name in names:
+            stage = name.removesuffix(".sbatch").partition("-")[0]
+            before = previous(stages, stage)
+            jobs.setdefault(stage, []).append(submit(submission.folder / name, jobs[before] if before else []))
+    except ConfigError:
+        for numbers in jobs.values():
+            subprocess.run(["scancel", *numbers], check=False)
+        raise
+    return jobs
 
 
 def previous(stages: Sequence[str], stage: str) -> str:
@@ -138,4 +156,4 @@ def refuse_if_active(name: str) -> None:
     active = slurm.ask("squeue", "--me", "--noheader", f"--name={names}", "-o", "%i %j").split("\n")[0]
     if active:
         job, _, stage = active.partition(" ")
-        raise ConfigError(f"{stage} is in the queue: job {job}; scancel {job} ends it, or name=... is another one")
+        raise ConfigError(f"{stage} is in the queue: job {job}; scancel {job} ends it")

@@ -17,9 +17,9 @@ from hpc_mm.data.ledger import OK, POISON, RETRY, Ledger, Line
 from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.recode import Recode, StoredImage, recode
 from hpc_mm.data.schema import image_key
-from hpc_mm.data.store import MissingKey, Store
+from hpc_mm.data.store import MissingKey, Store, StoreError
 from hpc_mm.data.wanted import Part, host_of, read_urls
-from hpc_mm.data.web import Fetcher, Web
+from hpc_mm.data.web import NOT_AN_IMAGE, Fetcher, Web
 
 PENDING = 2000  # URLs of a part that are under way or wait for their host's turn
 AT_ONCE = 4  # groups of parts, so that the last slow hosts of one do not hold up the others
@@ -101,13 +101,14 @@ class Download:
         finally:
             over.set()
             await flusher
-        await asyncio.to_thread(ledger.finish)
+        whole = len(ledger.lines) == len(urls)
+        await asyncio.to_thread(ledger.finish if whole else ledger.flush)
 
     def wants(self, line: Line | None, now: float) -> bool:
         if line is None:
             return not self.retry
         if self.retry:
-            return line.status != OK and line.reason in self.retry
+            return line.status != OK and line.reason in self.retry and (line.retry_at or 0.0) <= now
         return line.status == RETRY and (line.retry_at or 0.0) <= now
 
     async def some(self, urls: Iterator[str], ledger: Ledger, unsure: bool) -> None:
@@ -129,7 +130,12 @@ class Download:
             data = self.images.read(key)
         except MissingKey:
             return None
-        return with_image(Line(key, OK, "", 1, host=host_of(url), time=time.time()), recode(data, Recode()))
+        try:
+            with self.decoders:
+                image = recode(data, Recode())
+        except UnreadableImage:  # not ours: fetched anew
+            return None
+        return with_image(Line(key, OK, "", 1, host=host_of(url), time=time.time()), image)
 
     async def one(self, url: str, attempts: int) -> Line:
         """Fetch, check, perhaps re-encode, store."""
@@ -165,7 +171,7 @@ class Download:
             with self.decoders:
                 image = recode(data, self.recoding)
         except UnreadableImage:
-            return replace(line, status=POISON, reason="not_an_image")
+            return replace(line, status=POISON, reason=NOT_AN_IMAGE)
         size = f"{image.original_width}x{image.original_height}"
         self.images.write(line.key, image.data, {"sha256": image.sha256, "original-size": size})
         return with_image(line, image)
@@ -174,7 +180,10 @@ class Download:
         while not over.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(over.wait(), FLUSH)
-            await asyncio.to_thread(ledger.flush)
+            try:
+                await asyncio.to_thread(ledger.flush)
+            except StoreError as error:  # its lines stay for the next time; at the end a failure counts
+                print(f"the ledger waits: {error}", flush=True)
 
     async def report(self) -> None:
         while True:

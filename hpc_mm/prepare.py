@@ -6,23 +6,26 @@ shards, ``verify`` checks what came out. Each skips what is done, so any of them
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal
+from typing import Any, ClassVar, Generic, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hpc_mm import pack
-from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, with_overrides
+from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown, with_overrides
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.recode import Recode
 from hpc_mm.data.schema import image_key
-from hpc_mm.data.store import StoreError, checked, open_store
+from hpc_mm.data.store import Store, StoreError, checked, open_store
 from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
-from hpc_mm.data.web import Web
+from hpc_mm.data.web import MEANING, NOT_AN_IMAGE, Web
+from hpc_mm.deadline import die_with_parent
+from hpc_mm.site import read_site
 
 STAGES = ("plan", "fetch", "pack", "verify")
 SHARED = ("fetch", "pack")  # stages that several tasks divide
@@ -32,6 +35,9 @@ class Preparation(pack.Packing):
     """What every data_prep/ script takes."""
 
     WORK = pack.Packing.WORK | {"stage", "cluster", "name", "retry", "part_urls", "web", "recode", "slurm"}
+
+    FETCHES: ClassVar[bool] = True
+    """Whether records may name images by URL."""
 
     stage: Literal["all", "plan", "fetch", "pack", "verify"] = Field("all", description="what to do; all = in turn")
     cluster: Literal["auto", "slurm", "local", "print"] = Field("auto", description="auto = Slurm where sbatch is")
@@ -45,8 +51,19 @@ class Preparation(pack.Packing):
     @model_validator(mode="before")
     @classmethod
     def images_lie_somewhere(cls, values: dict[str, Any]) -> dict[str, Any]:
-        folder = str(values.get("out", "")).rstrip("/").rpartition("/")[0] or "."
+        out = str(values.get("out", "")).rstrip("/")
+        folder = out.rpartition("/")[0] or "."
+        if folder.endswith("/"):  # out is a whole bucket
+            folder = out
         return {**values, "images": values.get("images") or f"{folder}/images"}
+
+    @field_validator("retry")
+    @classmethod
+    def reasons_are_known(cls, retry: str) -> str:
+        for word in filter(None, retry.split(",")):
+            if word not in (*MEANING, NOT_AN_IMAGE) and not re.fullmatch(r"http_\d{3}", word):
+                raise ValueError(str(unknown("reason", word, [*MEANING, NOT_AN_IMAGE, "http_503"])))
+        return retry
 
 
 class Documents(Preparation):
@@ -153,6 +170,8 @@ def run_stage(stage: str, options: Preparation, corpus: Corpus[Any]) -> None:
 
 def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, corpus: Corpus[Any]) -> int:
     """The stages in turn in this process, those that tasks share in a process per task."""
+    if options.task is not None:
+        die_with_parent()  # else a task whose launcher was killed would go on beside the next one
     for stage in stages:
         if stage not in SHARED or options.tasks == 1 or options.task is not None:
             run_stage(stage, options, corpus)
@@ -187,13 +206,16 @@ def main(
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = read_options(kind, words)
-        stages = STAGES if options.stage == "all" else (options.stage,)
+        every = STAGES if options.FETCHES else STAGES[2:]
+        stages = every if options.stage == "all" else (options.stage,)
         if wants_slurm(options):
             from hpc_mm.arrays import queue
 
+            if options.cluster != "print":  # before the queue, not in it
+                pack.check_first(options, *first_part(options))
             return queue(options, stages, script_words(words, options))
         return run_here(stages, words, options, Corpus(urls, arrange))
-    except (ConfigError, StoreError, pack.StoreDown) as error:
+    except (ConfigError, StoreError, pack.StoreDown, OSError) as error:  # OSError: no space left, and the like
         print(error, file=sys.stderr)
         return 2
 
@@ -205,7 +227,13 @@ def read_options(kind: type[Any], words: Sequence[str]) -> Any:
     for name in required:
         if name not in values:
             raise ConfigError(f"{name}=... is missing: {kind.model_fields[name].description}")
-    return with_overrides(kind(**{name: values.pop(name) for name in required}), values)
+    given = {name: values.pop(name) for name in required}
+    return with_overrides(kind(**given, slurm=Slurm.model_validate(read_site().slurm)), values)
+
+
+def first_part(options: Preparation) -> tuple[Store, pack.SourcePart]:
+    store, parts = options.parts()
+    return store, parts[0]
 
 
 def wants_slurm(options: Preparation) -> bool:

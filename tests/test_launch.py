@@ -264,6 +264,7 @@ def test_a_signal_ends_all_nodes(user: dict[str, str], tmp_path: Path, number: i
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup and & leave it ignored, which we honour
     )
     while not all((tmp_path / "runs" / "toy" / f"rank{rank}.json").exists() for rank in range(2)):
         assert process.poll() is None, process.communicate()

@@ -94,9 +94,10 @@ class Ledger:
         """Write what is new; the first call marks the part as begun even where nothing is."""
         if not self._new and self.begun:
             return
-        new, self._new = self._new, []
+        new = list(self._new)
         name = f"{FOLDER}/{self._part}/{self._next:06d}.parquet"
         self.store.write(name, to_parquet(new))
+        del self._new[: len(new)]
         self.pieces.append(name)
         self._next, self.begun = self._next + 1, True
 

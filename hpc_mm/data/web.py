@@ -60,6 +60,7 @@ HTTP_MEANING: dict[int, Status] = {
     425: "retry",
     429: "retry",
 }
+NOT_AN_IMAGE = "not_an_image"  # the reason of a poison that only decoding finds
 REDIRECTS = {301, 302, 303, 307, 308}
 BUSY = {429, 503}
 

@@ -4,6 +4,9 @@ import ssl
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,20 @@ from hpc_mm.data.web import Buffers, Fetcher, Outcome, Trip, Web
 DEADLINE = 2.0
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
+@contextmanager
+def guarded_server() -> Iterator[Server]:
     server = Server()
     with GUARD.watching() as guard:
         yield server
     server.close()
     assert guard.elsewhere == []
     assert server.peers[CANARY] == 0
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with guarded_server() as server:
+        yield server
 
 
 def quick(**values: Any) -> Web:
@@ -110,7 +119,18 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def test_every_hostile_server_is_left_within_the_deadline(server: Server) -> None:
+def test_every_hostile_server_is_left_within_the_deadline() -> None:
+    """In a new process: this one has a gigabyte of garbage of other tests, whose collection takes a second."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(all_hostile_servers_at_once).result()
+
+
+def all_hostile_servers_at_once() -> None:
+    with guarded_server() as server:
+        leave_all(server)
+
+
+def leave_all(server: Server) -> None:
     """One second beyond the deadline at most, and never more than 64 MB beyond what the process had."""
     cases = {name: f"http://{name}.test:{server.port}/{name}" for name in EXPECTED}
     cases |= {name: f"http://{name}.test:{server.port}/{name}" for name in ("tiny_chunks", "says_less")}
