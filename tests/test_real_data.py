@@ -37,7 +37,14 @@ def test_real_input_trains_and_the_loss_falls(shared_data: Path, tmp_path: Path)
     values = environment(ROOT, tmp_path)
     source = shared_data / "omnicorpus-8.jsonl"
     for command in (
-        ["data_prep/omnicorpus.py", f"source={source}", f"images={store}/images", f"out={store}/documents"],
+        [
+            "data_prep/omnicorpus.py",
+            f"source={source}",
+            f"images={store}/images",
+            f"out={store}/documents",
+            "stage=pack",
+            "cluster=local",
+        ],
         ["-m", "hpc_mm.index", f"shards={store}/pairs"],
     ):
         subprocess.run([sys.executable, *command], env=values, cwd=ROOT, check=True)

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from hpc_mm.data import connections, web
 from hpc_mm.data.web import Buffers, Fetcher, Outcome, Trip, Web
 
-DEADLINE = 2.0
+DEADLINE = 2.0  # seconds
+LONG = 6.0  # where 340 servers are asked at once, on a machine that may be busy
 
 
 @contextmanager
@@ -152,14 +153,14 @@ def leave_all(server: Server) -> None:
         await asyncio.sleep(0.3)  # for the one that floods the idle connection
         assert peak_mb() - before < 64
 
-    with_fetcher(all_cases)
+    with_fetcher(all_cases, deadline=LONG)
     assert {name: (found[name][0].status, found[name][0].reason) for name in EXPECTED} == EXPECTED
     assert found["tiny_chunks"][0].reason in ("too_large", "timeout")
     assert found["says_less"][0].reason in ("ok", "malformed"), "as the rest comes with the beginning, or later"
     assert found["says_less"][0].data in (IMAGE[:5], None)
     assert found["robots"][0].reason == "timeout"
     assert {found[f"nowhere {number}"][0].reason for number in range(300)} == {"dns"}
-    assert max(seconds for _, seconds in found.values()) < DEADLINE + 1
+    assert max(seconds for _, seconds in found.values()) < LONG + 1
     assert all((outcome.data is not None) == (outcome.status == "ok") for outcome, _ in found.values())
     assert found["html"][0].data == HTML and found["unasked"][0].data == IMAGE
 
