@@ -9,9 +9,11 @@ Cases: every image resized so that its shorter side is 256 pixels (JPEG quality 
 
 import asyncio
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -132,10 +134,11 @@ def theirs(peer: str, urls: Path, folder: Path, resize: bool) -> tuple[float, fl
     words += ["--resize_mode=keep_ratio" if resize else "--resize_mode=no", f"--image_size={SIZE}"]
     words += [f"--encode_quality={QUALITY}", "--number_sample_per_shard=1000", "--enable_wandb=False", "--retries=0"]
     seconds, memory = timed(words, folder)
-    names = subprocess.run(
-        f"cat {folder}/out/*.tar | tar -itf - | grep -c jpg", shell=True, capture_output=True, text=True
-    )
-    return seconds, memory, int(names.stdout)
+    stored = 0
+    for path in (folder / "out").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            stored += sum(name.endswith(".jpg") for name in tar.getnames())
+    return seconds, memory, stored
 
 
 def main() -> None:
@@ -172,7 +175,7 @@ def compare(name: str, root: Path, urls: Path, peer: str, resize: bool, count: i
             if run[2] != count:
                 sys.exit(f"{side} has {run[2]} of {count} images:\n{(folder / 'log').read_text()[-2000:]}")
             times[side].append(run[:2])
-            subprocess.run(["rm", "-r", str(folder)], check=True)
+            shutil.rmtree(folder)
     print(f"{name}: {count} images")
     base = statistics.median(seconds for seconds, _ in times["img2dataset"])
     for side, found in times.items():

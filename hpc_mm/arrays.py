@@ -10,19 +10,15 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hpc_mm import slurm
 from hpc_mm.command import ROOT, Submission, header, site_directives
 from hpc_mm.config import ConfigError, Slurm
+from hpc_mm.prepare import SHARED, STAGES, Preparation
 from hpc_mm.site import read_site
 from hpc_mm.submission import frozen, locked, next_submission
 
-if TYPE_CHECKING:
-    from hpc_mm.prepare import Preparation
-
 SNAPSHOT = ("hpc_mm", "data_prep", "sbatch")  # what a job reads of the checkout
-SHARED = ("fetch", "pack")
 WARNING = 120  # seconds before a job's end at which it goes back into the queue
 
 
@@ -152,7 +148,7 @@ def submit(file: Path, after: Sequence[str]) -> str:
 
 def refuse_if_active(name: str) -> None:
     """Two jobs must not work on the same parts."""
-    names = ",".join(f"{name}-{stage}" for stage in ("plan", "fetch", "pack", "verify"))
+    names = ",".join(f"{name}-{stage}" for stage in STAGES)
     active = slurm.ask("squeue", "--me", "--noheader", f"--name={names}", "-o", "%i %j").split("\n")[0]
     if active:
         job, _, stage = active.partition(" ")

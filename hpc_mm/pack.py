@@ -22,6 +22,7 @@ from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.sources import open_source
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
 
+STATS = "stats.json"  # counts of the whole corpus
 PARTS = "parts"  # folder of the done markers, one per source file
 AHEAD = 64  # records whose images are being read
 NAMED = 3  # places of each mistake that are told
@@ -330,7 +331,7 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
     counts = sum((Counter(marker["counts"]) for marker in whole), Counter[str]())
     if not counts["records"]:
         raise ConfigError(f"source={options.source} holds no records")
-    out.write("stats.json", json.dumps(counts, indent=1).encode())
+    out.write(STATS, json.dumps(counts, indent=1).encode())
     write_manifest(out, [ShardInfo(**shard) for marker in whole for shard in marker["shards"]])
     print(f"{options.out}: {summary(counts)}")
     return dict(counts)

@@ -13,8 +13,7 @@ from hpc_mm.data.ledger import OK, Ledger
 from hpc_mm.data.shards import check_shards
 from hpc_mm.data.store import Store, open_store
 from hpc_mm.data.wanted import read_plan
-
-STATS = "stats.json"
+from hpc_mm.pack import STATS
 
 
 def verify(address: str) -> None:
