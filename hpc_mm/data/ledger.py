@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hpc_mm.data.store import MissingKey, Store
@@ -47,7 +47,11 @@ def to_parquet(lines: Iterable[Line]) -> bytes:
     import pyarrow.parquet
 
     file = io.BytesIO()
-    table = pyarrow.Table.from_pylist([asdict(line) for line in lines], _schema())
+    rows = list(lines)
+    columns = [[getattr(row, name) for row in rows] for name in _schema().names]
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(*pair) for pair in zip(columns, _schema().types, strict=True)], schema=_schema()
+    )
     pyarrow.parquet.write_table(table, file, compression="zstd")
     return file.getvalue()
 

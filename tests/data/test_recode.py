@@ -91,7 +91,7 @@ def real_images(folder: Path) -> list[bytes]:
         return [tar.extractfile(info).read() for info in tar if info.name.endswith(".jpg")]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("size", "least"), [(256, 41.5), (128, 40.0), (100, 42.0)])
+@pytest.mark.parametrize(("size", "least"), [(256, 41.5), (128, 47.5), (100, 50.0)])
 def test_real_images_are_as_close_to_lanczos_as_by_opencvs_area(shared_data: Path, size: int, least: float) -> None:
     """Mean PSNR of INTER_AREA on these images: 41.6 dB at 256 pixels, 39.0 at 128, 38.3 at 100."""
     from hpc_mm.data.recode import shrunk, sizes
