@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ STATS = "stats.json"  # counts of the whole corpus
 FETCHED = "fetched"  # in it, URLs by what became of them
 AHEAD = 64  # records whose images are being read
 HELD = 128 * 2**20  # bytes of images that have been read ahead, above which no further record is begun
-QUEUED = 2  # images that are asked for, as a multiple of those that are read at once; their sizes are not known yet
+QUEUED = 2  # images that have not come, whose sizes nobody knows yet, as a multiple of those that are read at once
 NAMED = 3  # places of each mistake that are told
 SHARD = re.compile(rf"([A-Za-z0-9-]+)-\d{{6,}}-[0-9a-f]{{{DIGITS}}}\.tar({re.escape(INDEX)})?")
 
@@ -170,31 +171,6 @@ class Fetched:
     images: dict[str, Future[bytes | str]]  # by key
 
 
-def fetched(
-    records: Iterator[Record | BrokenRecord], urls: Callable[[Record], list[str]], store: Store, options: Packing
-) -> Generator[Fetched | BrokenRecord, None, None]:
-    """Records in order, while the images of the next ones are being read."""
-    threads = ThreadPoolExecutor(options.reads, "fetch")
-    waiting: deque[Fetched | BrokenRecord] = deque()
-    try:
-        for record in records:
-            while waiting and is_far_ahead(waiting, options.reads):
-                yield waiting.popleft()
-            waiting.append(start_fetching(record, urls, store, threads, options))
-        while waiting:
-            yield waiting.popleft()
-    finally:
-        threads.shutdown(cancel_futures=True)
-
-
-def is_far_ahead(waiting: Collection[Fetched | BrokenRecord], reads: int) -> bool:
-    """Whether enough is read ahead: records, bytes that have come, or images that were asked for."""
-    futures = [future for item in waiting if isinstance(item, Fetched) for future in item.images.values()]
-    come = [future.result() for future in futures if future.done() and future.exception() is None]
-    held = sum(len(data) for data in come if isinstance(data, bytes))
-    return len(waiting) >= AHEAD or held >= HELD or len(futures) - len(come) >= QUEUED * reads
-
-
 def keys_of(urls: list[str], options: Packing) -> set[str]:
     try:
         return {options.key(url) for url in urls}
@@ -202,21 +178,57 @@ def keys_of(urls: list[str], options: Packing) -> set[str]:
         raise BrokenRecord("a URL is not text") from None
 
 
-def start_fetching(
-    record: Record | BrokenRecord,
-    urls: Callable[[Record], list[str]],
-    store: Store,
-    threads: ThreadPoolExecutor,
-    options: Packing,
-) -> Fetched | BrokenRecord:
-    if isinstance(record, BrokenRecord):
-        return record
-    try:
-        keys = keys_of(urls(record), options)
-    except BrokenRecord as reason:
-        return BrokenRecord(str(reason), record.place)
-    smallest = options.smallest(record)
-    return Fetched(record, {key: threads.submit(fetch, store, key, smallest) for key in sorted(keys)})
+class ReadAhead:
+    """Reads the images of the next records while others are packed: so many records, bytes and requests at most."""
+
+    def __init__(self, urls: Callable[[Record], list[str]], store: Store, options: Packing) -> None:
+        self.urls, self.store, self.options = urls, store, options
+        self.threads = ThreadPoolExecutor(options.reads, "fetch")
+        self.lock = threading.Lock()
+        self.asked, self.held = 0, 0  # images that have not come, bytes of those that have
+
+    def fetched(self, records: Iterator[Record | BrokenRecord]) -> Generator[Fetched | BrokenRecord, None, None]:
+        """The records in order."""
+        waiting: deque[Fetched | BrokenRecord] = deque()
+        try:
+            for record in records:
+                while waiting and self.is_far_ahead(len(waiting)):
+                    yield self.next(waiting)
+                waiting.append(self.start(record))
+            while waiting:
+                yield self.next(waiting)
+        finally:
+            self.threads.shutdown(cancel_futures=True)
+
+    def is_far_ahead(self, records: int) -> bool:
+        return records >= AHEAD or self.held >= HELD or self.asked >= QUEUED * self.options.reads
+
+    def next(self, waiting: deque[Fetched | BrokenRecord]) -> Fetched | BrokenRecord:
+        item = waiting.popleft()
+        if isinstance(item, Fetched):
+            size = sum(len(data) for future in item.images.values() if isinstance(data := future.result(), bytes))
+            with self.lock:
+                self.held -= size
+        return item
+
+    def start(self, record: Record | BrokenRecord) -> Fetched | BrokenRecord:
+        if isinstance(record, BrokenRecord):
+            return record
+        try:
+            keys = sorted(keys_of(self.urls(record), self.options))
+        except BrokenRecord as reason:
+            return BrokenRecord(str(reason), record.place)
+        with self.lock:
+            self.asked += len(keys)
+        smallest = self.options.smallest(record)
+        return Fetched(record, {key: self.threads.submit(self.read, key, smallest) for key in keys})
+
+    def read(self, key: str, smallest: int) -> bytes | str:
+        found = fetch(self.store, key, smallest)
+        with self.lock:
+            self.asked -= 1
+            self.held += len(found) if isinstance(found, bytes) else 0
+        return found
 
 
 def pack_part(
@@ -237,7 +249,7 @@ def pack_part(
     places: dict[str, list[str]] = {}
     options.check(store, part)
     records = options.records(store, part)
-    found = fetched(records, lambda record: urls(record, options), images, options)
+    found = ReadAhead(lambda record: urls(record, options), images, options).fetched(records)
     with ShardWriter(out, part.name, options.shard_mb * 2**20, manifest=False) as writer, closing(found):
         for number, item in enumerate(found):
             counts["records"] += 1
@@ -314,7 +326,7 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
         return done
 
     failed: list[str] = []
-    mine = [part for number, part in enumerate(parts) if options.task in (None, number % options.tasks)]
+    mine = dict.fromkeys(part for i, part in enumerate(parts) if options.task in (None, i % options.tasks))
     for part in mine:
         marker = read_marker(out, part, kept)
         try:

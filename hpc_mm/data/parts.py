@@ -68,10 +68,8 @@ class Moment:
 
     def is_later(self, marker: Mapping[str, Any]) -> bool:
         """Whether images that a part lacks may have come since its marker was written."""
-        holes = marker["holes"]
-        if holes is None:
-            return False
-        return bool(holes["ledger"] != self.ledger or (self.recheck and holes["recheck"] != self.recheck))
+        holes: Mapping[str, str] = marker.get("holes") or asdict(self)
+        return holes["ledger"] != self.ledger or self.recheck not in ("", holes["recheck"])
 
 
 def read_marker(out: Store, part: SourcePart, options: Mapping[str, Any]) -> dict[str, Any] | None:
