@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -94,14 +95,14 @@ def make_plan(
     twice the text of the URLs. The store is listed once.
     """
     counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="hpc_mm-plan-") as folder:
-        keyed = Spill(Path(folder, "keyed"), BUCKETS)
+    with tempfile.TemporaryDirectory(prefix="hpc_mm-plan-") as folder, ExitStack() as spills:
+        keyed = spills.enter_context(closing(Spill(Path(folder, "keyed"), BUCKETS)))
         for url in urls:
             counts["named"] += 1
             keyed.add(int(image_key(url)[:2], 16), url)
         # As many groups as parts are needed at most, before anything is known of the store.
         groups = min(GROUPS, max(1, -(-counts["named"] // part_urls)))
-        grouped = Spill(Path(folder, "grouped"), groups)
+        grouped = spills.enter_context(closing(Spill(Path(folder, "grouped"), groups)))
         listed = Listing(images)
         for bucket in range(BUCKETS):
             found = {image_key(url): url for url in keyed.read(bucket)}
@@ -191,3 +192,7 @@ class Spill:
         with (self.folder / str(number)).open() as lines:
             yield from map(json.loads, lines)
         (self.folder / str(number)).unlink()
+
+    def close(self) -> None:
+        for file in filter(None, self.files):
+            file.close()
