@@ -181,6 +181,17 @@ def test_killed_while_it_packs_again(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- launches side by side
 
 
+def test_shards_that_are_gone_are_made_again(tmp_path: Path) -> None:
+    """Another launch may take those of a part that is not marked yet for old ones."""
+    where, out = corpus(tmp_path), tmp_path / "out"
+    assert run("cc3m", **where, out=out) == 0
+    before = content(out)
+    next(out.glob("part-1-*.tar")).unlink()
+    next(out.glob("part-2-*.tar.index.json")).unlink()
+    assert run("cc3m", **where, out=out) == 0
+    assert content(out) == before
+
+
 def test_a_launch_that_sees_other_images_mixes_nothing(tmp_path: Path) -> None:
     """The first stands still between two files that it writes, while images come and a second packs them."""
     where, out = corpus(tmp_path), tmp_path / "out"
