@@ -14,16 +14,17 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from hpc_mm import pack, prepare
+from hpc_mm import prepare
 from hpc_mm.chats import Chats, arrange, single_turns, urls
 from hpc_mm.data.documents import BrokenRecord, Record
+from hpc_mm.data.parts import SourcePart
 from hpc_mm.data.store import Store
 
 
 class Mix665k(Chats):
     flatten: bool = Field(False, description="a sample of each question and its answer, without the turns before")
 
-    def records(self, store: Store, part: pack.SourcePart) -> Iterator[Record | BrokenRecord]:
+    def records(self, store: Store, part: SourcePart) -> Iterator[Record | BrokenRecord]:
         found = super().records(store, part)
         return single_turns(found) if self.flatten else found
 

@@ -9,6 +9,7 @@ training. A document without any image left is left out. The corpus is ODC-BY; t
 
 import sys
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -19,6 +20,8 @@ from hpc_mm.data.schema import Sample, Text
 
 
 class Mmc4(prepare.Preparation):
+    PACKED: ClassVar[frozenset[str]] = prepare.Preparation.PACKED | {"min_similarity"}
+
     min_image_bytes: int = Field(11_000, ge=0, description="smaller image files, mostly icons, are left out")
     min_similarity: float | None = Field(
         0.24, description="images less similar to their sentence are left out; 0 keeps all"

@@ -9,6 +9,7 @@ bytes are left out, as in its authors' training. Text and URLs are CC-BY-4.0; th
 
 import sys
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -19,9 +20,14 @@ from hpc_mm.data.schema import Sample
 
 
 class OmniCorpus(prepare.Documents):
+    PACKED: ClassVar[frozenset[str]] = prepare.Documents.PACKED | {"min_placed_image_bytes"}
+
     min_placed_image_bytes: int = Field(
         11_000, ge=0, description="smaller image files of documents with similarities are left out"
     )
+
+    def url_columns(self) -> list[str]:
+        return [*super().url_columns(), "matrix", "images_info"]
 
     def smallest(self, record: Record) -> int:
         return max(self.min_image_bytes, self.min_placed_image_bytes if has_matrix(record) else 0)

@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from hpc_mm import pack, prepare
+from hpc_mm import prepare
 from hpc_mm.config import ConfigError
 from hpc_mm.data.documents import BrokenRecord, Record
+from hpc_mm.data.parts import SourcePart
 from hpc_mm.data.perceptual import perceptual_hash, write_hashes
 from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.records import DamagedFile
@@ -136,21 +137,21 @@ class Benchmark(prepare.NamedImages):
                 raise ConfigError(f"splits={name}: there are {', '.join(known)}")
         return [known[name] for name in names]
 
-    def parts(self) -> tuple[Store, list[pack.SourcePart]]:
+    def parts(self) -> tuple[Store, list[SourcePart]]:
         files = published(self.source)
         parts = []
         for split in self.wanted():
             names = chosen(split, files)
             if names:
                 size = sum(files.size(name) for name in names)
-                parts.append(pack.SourcePart(files.places[names[0]][0][0], size, split.name))
+                parts.append(SourcePart(files.places[names[0]][0][0], size, split.name))
             elif self.splits:
                 raise ConfigError(f"source={self.source} has no {described([split])}")
         if not parts:
             raise ConfigError(f"source={self.source} has no {described(self.wanted())}")
         return files.store, parts
 
-    def records(self, store: Store, part: pack.SourcePart) -> Iterator[Record | BrokenRecord]:
+    def records(self, store: Store, part: SourcePart) -> Iterator[Record | BrokenRecord]:
         files = published(self.source)
         split = next(split for split in self.SPLITS if split.name == part.split)
         names = chosen(split, files)

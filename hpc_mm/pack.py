@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -16,22 +17,26 @@ from pydantic import Field, model_validator
 from hpc_mm.config import ConfigError, Part, Positive
 from hpc_mm.data.documents import BrokenRecord, Record
 from hpc_mm.data.filters import Filtering, Filters
+from hpc_mm.data.parts import Moment, SourcePart, have_come, looked_again, read_marker, write_marker
 from hpc_mm.data.records import ENDINGS, DamagedFile, WrongColumns, check_columns, holds_records, read_records
 from hpc_mm.data.schema import Sample, image_key
-from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
+from hpc_mm.data.shards import DIGITS, INDEX, ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.sources import open_source
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
 
 STATS = "stats.json"  # counts of the whole corpus
-PARTS = "parts"  # folder of the done markers, one per source file
+FETCHED = "fetched"  # in it, URLs by what became of them
 AHEAD = 64  # records whose images are being read
+HELD = 128 * 2**20  # bytes of images that have been read ahead, above which no further record is begun
+QUEUED = 2  # images that have not come, whose sizes nobody knows yet, as a multiple of those that are read at once
 NAMED = 3  # places of each mistake that are told
+SHARD = re.compile(rf"([A-Za-z0-9-]+)-\d{{6,}}-[0-9a-f]{{{DIGITS}}}\.tar({re.escape(INDEX)})?")
 
 
 class Packing(Part):
     """How records and images become shards."""
 
-    WORK: ClassVar[frozenset[str]] = frozenset({"source", "images", "out", "tasks", "task", "reads"})
+    WORK: ClassVar[frozenset[str]] = frozenset({"source", "images", "out", "tasks", "task", "reads", "recheck"})
     """How the work is done; everything else must be the same for all parts of a corpus."""
     TEXT_ALONE: ClassVar[bool] = False
     """Whether a sample may have no image."""
@@ -46,6 +51,9 @@ class Packing(Part):
     reads: Positive = Field(32, description="images read at once")
     shard_mb: Positive = Field(256, description="size at which a shard is closed, MiB")
     min_image_bytes: int = Field(0, ge=0, description="smaller image files are left out")
+    recheck: str = Field(
+        "", description="any word: files that lack images look for them once more, once per word (a fetch is noticed)"
+    )
     columns: str = Field("", description="names of a .tsv file's values, with commas; empty = its first line has them")
 
     def column_names(self) -> list[str]:
@@ -62,6 +70,16 @@ class Packing(Part):
     def records(self, store: Store, part: SourcePart) -> Iterator[Record | BrokenRecord]:
         """The records of a part, in order."""
         return read_records(store, part.key, self.column_names())
+
+    def url_columns(self) -> list[str]:
+        """Columns that ``urls`` reads; empty = any."""
+        return []
+
+    def records_with_urls(self, store: Store, part: SourcePart) -> Iterator[Record | BrokenRecord]:
+        """The records of a part with no more of them than ``urls`` reads, where that is told."""
+        if not self.url_columns():
+            return self.records(store, part)
+        return read_records(store, part.key, self.column_names(), self.url_columns())
 
     def check(self, store: Store, part: SourcePart) -> None:
         """WrongColumns if a part has not those that are needed."""
@@ -94,27 +112,6 @@ Arrange = Callable[[Record, str, Mapping[str, bytes], Options], Sample]
 # ---------------------------------------------------------------- the parts
 
 
-@dataclass(frozen=True)
-class SourcePart:
-    """One file of records: what is done or not done as a whole."""
-
-    key: str
-    bytes: int
-    split: str = ""  # of a benchmark
-
-    @property
-    def name(self) -> str:
-        """Starts the names of its shards and samples."""
-        if self.split:
-            return self.split
-        ending = next(ending for ending in ENDINGS if self.key.endswith(ending))
-        return re.sub(r"[^A-Za-z0-9]+", "-", self.key.removesuffix(ending)).strip("-") or "part"
-
-    @property
-    def marker(self) -> str:
-        return f"{PARTS}/{self.name}.json"
-
-
 def source_parts(address: str) -> tuple[Store, list[SourcePart]]:
     """The store and the files of records at an address, which is one such file or a folder of them."""
     store, name = open_source(address, ENDINGS)
@@ -129,27 +126,14 @@ def source_parts(address: str) -> tuple[Store, list[SourcePart]]:
     return store, parts
 
 
-def read_marker(out: Store, part: SourcePart, options: Packing) -> dict[str, Any] | None:
-    """What was written when the part was done; None if it is to do. ConfigError if it was done in another way."""
-    try:
-        marker: dict[str, Any] = json.loads(out.read(part.marker))
-    except MissingKey:
-        return None
-    made_from = f"{part.key} of {part.bytes} bytes"
-    if marker["made_from"] != made_from:
-        raise ConfigError(f"{out.address} holds {marker['made_from']}, source has {made_from}: use another out")
-    now = kept_options(options)
-    changes = [f"{key}: {value} -> {now.get(key)}" for key, value in marker["options"].items() if now.get(key) != value]
-    if changes:
-        raise ConfigError(f"{out.address} holds parts prepared in another way ({'; '.join(changes)}): use another out")
-    return marker
-
-
 def kept_options(options: Packing) -> dict[str, Any]:
     return options.model_dump(mode="json", exclude=set(options.WORK))
 
 
 # ---------------------------------------------------------------- one part
+
+
+NOT_THERE, UNREADABLE = "not in the store", "could not be read"  # reasons that may pass
 
 
 class StoreDown(Exception):
@@ -161,9 +145,9 @@ def fetch(store: Store, key: str, smallest: int) -> bytes | str:
     try:
         data = read_twice(store, key)
     except MissingKey:
-        return "not in the store"
+        return NOT_THERE
     except StoreError:
-        return "could not be read"
+        return UNREADABLE
     return data if len(data) >= max(smallest, 1) else "too small"
 
 
@@ -187,22 +171,6 @@ class Fetched:
     images: dict[str, Future[bytes | str]]  # by key
 
 
-def fetched(
-    records: Iterator[Record | BrokenRecord], urls: Callable[[Record], list[str]], store: Store, options: Packing
-) -> Generator[Fetched | BrokenRecord, None, None]:
-    """Records in order, while the images of the next ones are being read."""
-    threads = ThreadPoolExecutor(options.reads, "fetch")
-    waiting: deque[Fetched | BrokenRecord] = deque()
-    try:
-        for record in records:
-            waiting.append(start_fetching(record, urls, store, threads, options))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft()
-        yield from waiting
-    finally:
-        threads.shutdown(cancel_futures=True)
-
-
 def keys_of(urls: list[str], options: Packing) -> set[str]:
     try:
         return {options.key(url) for url in urls}
@@ -210,21 +178,57 @@ def keys_of(urls: list[str], options: Packing) -> set[str]:
         raise BrokenRecord("a URL is not text") from None
 
 
-def start_fetching(
-    record: Record | BrokenRecord,
-    urls: Callable[[Record], list[str]],
-    store: Store,
-    threads: ThreadPoolExecutor,
-    options: Packing,
-) -> Fetched | BrokenRecord:
-    if isinstance(record, BrokenRecord):
-        return record
-    try:
-        keys = keys_of(urls(record), options)
-    except BrokenRecord as reason:
-        return BrokenRecord(str(reason), record.place)
-    smallest = options.smallest(record)
-    return Fetched(record, {key: threads.submit(fetch, store, key, smallest) for key in sorted(keys)})
+class ReadAhead:
+    """Reads the images of the next records while others are packed: so many records, bytes and requests at most."""
+
+    def __init__(self, urls: Callable[[Record], list[str]], store: Store, options: Packing) -> None:
+        self.urls, self.store, self.options = urls, store, options
+        self.threads = ThreadPoolExecutor(options.reads, "fetch")
+        self.lock = threading.Lock()
+        self.asked, self.held = 0, 0  # images that have not come, bytes of those that have
+
+    def fetched(self, records: Iterator[Record | BrokenRecord]) -> Generator[Fetched | BrokenRecord, None, None]:
+        """The records in order."""
+        waiting: deque[Fetched | BrokenRecord] = deque()
+        try:
+            for record in records:
+                while waiting and self.is_far_ahead(len(waiting)):
+                    yield self.next(waiting)
+                waiting.append(self.start(record))
+            while waiting:
+                yield self.next(waiting)
+        finally:
+            self.threads.shutdown(cancel_futures=True)
+
+    def is_far_ahead(self, records: int) -> bool:
+        return records >= AHEAD or self.held >= HELD or self.asked >= QUEUED * self.options.reads
+
+    def next(self, waiting: deque[Fetched | BrokenRecord]) -> Fetched | BrokenRecord:
+        item = waiting.popleft()
+        if isinstance(item, Fetched):
+            size = sum(len(data) for future in item.images.values() if isinstance(data := future.result(), bytes))
+            with self.lock:
+                self.held -= size
+        return item
+
+    def start(self, record: Record | BrokenRecord) -> Fetched | BrokenRecord:
+        if isinstance(record, BrokenRecord):
+            return record
+        try:
+            keys = sorted(keys_of(self.urls(record), self.options))
+        except BrokenRecord as reason:
+            return BrokenRecord(str(reason), record.place)
+        with self.lock:
+            self.asked += len(keys)
+        smallest = self.options.smallest(record)
+        return Fetched(record, {key: self.threads.submit(self.read, key, smallest) for key in keys})
+
+    def read(self, key: str, smallest: int) -> bytes | str:
+        found = fetch(self.store, key, smallest)
+        with self.lock:
+            self.asked -= 1
+            self.held += len(found) if isinstance(found, bytes) else 0
+        return found
 
 
 def pack_part(
@@ -236,21 +240,23 @@ def pack_part(
     arrange: Arrange[Options],
     images: Store,
     filtering: Filtering,
+    moment: Moment,
 ) -> dict[str, Any]:
     """Write the shards of one file of records, then its done marker, which is returned."""
     filtering.start_file()
     counts: Counter[str] = Counter()
+    missing: set[str] = set()
     places: dict[str, list[str]] = {}
     options.check(store, part)
     records = options.records(store, part)
-    found = fetched(records, lambda record: urls(record, options), images, options)
+    found = ReadAhead(lambda record: urls(record, options), images, options).fetched(records)
     with ShardWriter(out, part.name, options.shard_mb * 2**20, manifest=False) as writer, closing(found):
         for number, item in enumerate(found):
             counts["records"] += 1
             try:
                 if isinstance(item, BrokenRecord):
                     raise item
-                found_images = bytes_of(item.images, counts)
+                found_images = bytes_of(item.images, counts, missing)
                 sample = arrange(item.record, f"{part.name}-{number:08d}", found_images, options)
             except BrokenRecord as reason:
                 counts[f"left out: {reason}"] += 1
@@ -269,20 +275,21 @@ def pack_part(
             counts["images"] += len(kept.images)
             writer.add(kept)
     marker = {
-        "made_from": f"{part.key} of {part.bytes} bytes",
+        "made_from": part.made_from,
         "options": kept_options(options),
         "shards": [asdict(shard) for shard in writer.shards],
         "counts": dict(counts),
         "places": places,
     }
-    out.write(part.marker, json.dumps(marker, indent=1).encode())
+    write_marker(out, part, marker, missing, moment)
     return marker
 
 
-def bytes_of(images: Mapping[str, Future[bytes | str]], counts: Counter[str]) -> dict[str, bytes]:
-    """The images that were found; the others are counted by reason."""
+def bytes_of(images: Mapping[str, Future[bytes | str]], counts: Counter[str], missing: set[str]) -> dict[str, bytes]:
+    """The images that were found; the others are counted by reason, and those that may come yet are ``missing``."""
     results = {key: future.result() for key, future in images.items()}
     counts.update(f"images left out: {reason}" for reason in results.values() if isinstance(reason, str))
+    missing.update(key for key, reason in results.items() if reason in (NOT_THERE, UNREADABLE))
     return {key: data for key, data in results.items() if isinstance(data, bytes)}
 
 
@@ -300,7 +307,7 @@ def check_first(options: Packing, store: Store, part: SourcePart) -> None:
 
 
 def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> dict[str, int] | None:
-    """Do this task's parts that are not done yet; the counts of the whole corpus once all of its parts are done.
+    """Do this task's parts that are to do; the counts of the whole corpus once all of its parts are done.
 
     The task that finds every part done writes the statistics and then the manifest, which declares the corpus whole.
     A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task.
@@ -309,32 +316,81 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
     check_first(options, store, parts[0])
     out = open_store(options.out, make=True)
     images, filtering = open_store(options.images), Filtering(options.filters, options.WHOLE)
+    moment, kept = Moment.now(out, options.recheck), kept_options(options)
+
+    def do(part: SourcePart) -> dict[str, Any]:
+        done = pack_part(store, part, out, options, urls, arrange, images, filtering, moment)
+        print(f"{part.key}: {summary(done['counts'])}")
+        for reason, places in done["places"].items():
+            print("".join(f"{place}: {reason}\n" for place in places), end="")
+        return done
+
     failed: list[str] = []
-    for number, part in enumerate(parts):
-        mine = options.task is None or number % options.tasks == options.task
-        if mine and read_marker(out, part, options) is None:
-            try:
-                done = pack_part(store, part, out, options, urls, arrange, images, filtering)
-            except (DamagedFile, StoreError) as error:
-                failed.append(f"{part.key}: {error}")
-                continue
-            print(f"{part.key}: {summary(done['counts'])}")
-            for reason, places in done["places"].items():
-                print("".join(f"{place}: {reason}\n" for place in places), end="")
+    mine = dict.fromkeys(part for i, part in enumerate(parts) if options.task in (None, i % options.tasks))
+    for part in mine:
+        marker = read_marker(out, part, kept)
+        try:
+            if marker is None or (moment.is_later(marker) and have_come(out, part, marker, images, options.reads)):
+                do(part)
+            elif moment.is_later(marker):
+                looked_again(out, part, marker, moment)
+        except (DamagedFile, StoreError) as error:
+            failed.append(f"{part.key}: {error}")
     if failed:
         raise DamagedFile("\n".join([*failed, f"{len(failed)} files are not done"]))
-    markers = [read_marker(out, part, options) for part in parts]
-    whole = [marker for marker in markers if marker is not None]
+    markers = [read_marker(out, part, kept) for part in parts]
+    # Another task's part may wait for being done again: then the corpus is not as whole as it will be.
+    whole = [
+        (part, marker)
+        for part, marker in zip(parts, markers, strict=True)
+        if marker is not None and (part in mine or not moment.is_later(marker))
+    ]
     print(f"{len(whole)} of {len(parts)} files are done")
-    if len(whole) < len(parts):
-        return None
+    return declare(options, out, whole, do) if len(whole) == len(parts) else None
+
+
+def declare(
+    options: Packing,
+    out: Store,
+    markers: list[tuple[SourcePart, dict[str, Any]]],
+    do: Callable[[SourcePart], dict[str, Any]],
+) -> dict[str, int]:
+    """Write statistics and manifest of parts that are done, and delete the shards that they have no more."""
+    part_of = {entry.key: found[1] for entry in out.list() if (found := SHARD.fullmatch(entry.key))}
+    whole = [marker if is_there(marker, part_of) else do(part) for part, marker in markers]
     counts = sum((Counter(marker["counts"]) for marker in whole), Counter[str]())
     if not counts["records"]:
         raise ConfigError(f"source={options.source} holds no records")
-    out.write(STATS, json.dumps(counts, indent=1).encode())
-    write_manifest(out, [ShardInfo(**shard) for marker in whole for shard in marker["shards"]])
+    if not counts["samples"]:
+        raise ConfigError(
+            f"{options.out}: no record became a sample ({summary(counts)}); where images={options.images} has been "
+            "filled since, recheck=again looks again"
+        )
+    write_stats(out, counts)
+    shards = [ShardInfo(**shard) for marker in whole for shard in marker["shards"]]
+    write_manifest(out, shards)
+    kept, names = {shard.name for shard in shards}, {part.name for part, _ in markers}
+    for key, name in part_of.items():
+        if name in names and key.removesuffix(INDEX) not in kept:
+            out.delete(key)
     print(f"{options.out}: {summary(counts)}")
     return dict(counts)
+
+
+def is_there(marker: Mapping[str, Any], listed: Collection[str]) -> bool:
+    """Whether the shards of a part are in the store: another launch may have taken them for old ones."""
+    names = [shard["name"] for shard in marker["shards"]]
+    return all(name in listed and name + INDEX in listed for name in names)
+
+
+def write_stats(out: Store, counts: Mapping[str, int]) -> None:
+    """Statistics that say the same keep what the verify stage has added to them."""
+    try:
+        known = json.loads(out.read(STATS))
+    except MissingKey:
+        known = {}
+    if {name: count for name, count in known.items() if name != FETCHED} != counts:
+        out.write(STATS, json.dumps(counts, indent=1).encode())
 
 
 def summary(counts: Mapping[str, int]) -> str:

@@ -23,6 +23,9 @@ class Pairs(NamedImages):
     def needed_columns(self) -> list[str]:
         return [self.file or self.url, self.caption]
 
+    def url_columns(self) -> list[str]:
+        return self.needed_columns()
+
     def key(self, name: str) -> str:
         return NamedImages.key(self, name) if self.file else Preparation.key(self, name)
 

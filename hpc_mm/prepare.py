@@ -6,6 +6,7 @@ shards, ``verify`` checks what came out. Each skips what is done, so any of them
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,10 @@ from pydantic import Field, field_validator, model_validator
 from hpc_mm import pack
 from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown, with_overrides
 from hpc_mm.data.documents import BrokenRecord
+from hpc_mm.data.filters import Filters
+from hpc_mm.data.parts import SourcePart, changes
 from hpc_mm.data.recode import Recode
+from hpc_mm.data.records import DamagedFile
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import Store, StoreError, checked, open_store
 from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
@@ -38,6 +42,8 @@ class Preparation(pack.Packing):
 
     FETCHES: ClassVar[bool] = True
     """Whether records may name images by URL."""
+    PACKED: ClassVar[frozenset[str]] = frozenset({"filters", "shard_mb", "min_image_bytes"})
+    """What matters to packing alone; everything else must be the same for all that is fetched."""
 
     stage: Literal["all", "plan", "fetch", "pack", "verify"] = Field("all", description="what to do; all = in turn")
     cluster: Literal["auto", "slurm", "local", "print"] = Field("auto", description="auto = Slurm where sbatch is")
@@ -57,6 +63,12 @@ class Preparation(pack.Packing):
             folder = out
         return {**values, "images": values.get("images") or f"{folder}/images"}
 
+    @field_validator("filters")
+    @classmethod
+    def files_of_hashes_lie_somewhere(cls, filters: Filters) -> Filters:
+        """Whole addresses, the same wherever a job runs."""
+        return filters.model_copy(update={"against": tuple(map(whole, filters.against))})
+
     @field_validator("retry")
     @classmethod
     def reasons_are_known(cls, retry: str) -> str:
@@ -67,9 +79,18 @@ class Preparation(pack.Packing):
 
 
 class Documents(Preparation):
-    """What scripts of documents in natural arrangement take."""
+    """What scripts of documents in natural arrangement take.
+
+    All images of a document are fetched, not ``max_images``: where an early one cannot be had, a later one is kept in
+    its place, and so every image may be needed.
+    """
+
+    PACKED: ClassVar[frozenset[str]] = Preparation.PACKED | {"max_images"}
 
     max_images: Positive = Field(16, description="images kept per document; training takes its first readable ones")
+
+    def url_columns(self) -> list[str]:
+        return ["images", "valid_image"]
 
 
 class NamedImages(Preparation):
@@ -111,26 +132,53 @@ def plan(options: Preparation, corpus: Corpus[Any]) -> Plan:
     found = read_plan(out)
     if found is None:
         images = open_store(options.images, make=True)
-        found = make_plan(all_urls(options, corpus), made_from, images, out, options.part_urls)
+        urls = all_urls(options, corpus)
+        found = make_plan(urls, made_from, planned_options(options), images, out, options.part_urls)
     if found.made_from != made_from:
         raise ConfigError(f"{options.out} holds a plan of other files than source={options.source}: use another out")
+    check_plan(found, options)
     print(
         f"{len(parts)} files name {found.named} images by URL, {found.unique} of them different: {found.present} are "
         f"in {options.images}, {found.wanted} on {found.hosts} hosts are to fetch, in {len(found.parts)} parts"
     )
+    if options.tasks > found.groups:
+        print(
+            f"tasks={options.tasks}: all URLs of a host are one task's, so fetch has work for {found.groups} tasks; "
+            "the others end at once"
+        )
     return found
 
 
+def planned_options(options: Preparation) -> dict[str, Any]:
+    """What decides which URLs are fetched, and what becomes of them."""
+    kept = options.model_dump(mode="json", exclude=set((options.WORK - {"recode"}) | options.PACKED))
+    return {"images": open_store(options.images).address, **kept}
+
+
+def check_plan(found: Plan, options: Preparation) -> None:
+    changed = changes(found.options, planned_options(options))
+    if changed:
+        raise ConfigError(f"{options.out} holds a plan with other values ({'; '.join(changed)}): use another out")
+
+
 def all_urls(options: Preparation, corpus: Corpus[Any]) -> Iterator[str]:
+    """The URLs of all files. Every file is looked at before DamagedFile names those that cannot be read."""
     store, parts = options.parts()
+    damaged = []
     for part in parts:
-        for record in options.records(store, part):
-            if isinstance(record, BrokenRecord):
-                continue  # pack counts it
-            with suppress(BrokenRecord):  # likewise
-                names = corpus.urls(record, options)
-                pack.keys_of(names, options)
-                yield from filter(is_url, names)
+        try:
+            options.check(store, part)
+            for record in options.records_with_urls(store, part):
+                if isinstance(record, BrokenRecord):
+                    continue  # pack counts it
+                with suppress(BrokenRecord):  # likewise
+                    names = corpus.urls(record, options)
+                    pack.keys_of(names, options)
+                    yield from filter(is_url, names)
+        except (DamagedFile, StoreError) as error:
+            damaged.append(f"{part.key}: {error}")
+    if damaged:
+        raise DamagedFile("\n".join([*damaged, f"{len(damaged)} of {len(parts)} files cannot be read: no plan yet"]))
 
 
 def fetch(options: Preparation) -> None:
@@ -139,6 +187,7 @@ def fetch(options: Preparation) -> None:
     found = read_plan(out)
     if found is None:
         raise ConfigError(f"{options.out} has no plan: stage=plan comes before stage=fetch")
+    check_plan(found, options)
     parts = [part for part in found.parts if options.task is None or part.group % options.tasks == options.task]
     from hpc_mm.download import fetch as download
 
@@ -186,9 +235,11 @@ def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, 
 
 def script_words(words: Sequence[str], options: Preparation) -> list[str]:
     """This command again, for one stage and task of it here; addresses whole, since jobs run in another folder."""
-    gone = {"stage", "task", "cluster", "source", "out", "images"}
+    gone = {"stage", "task", "cluster", "source", "out", "images", "filters.against"}
     kept = [word for word in words if word.partition("=")[0] not in gone]
     places = [f"{key}={whole(getattr(options, key))}" for key in ("source", "out", "images")]
+    if options.filters.against:
+        places.append(f"filters.against={json.dumps(options.filters.against)}")  # a list, since names may have commas
     return [f"data_prep/{Path(sys.argv[0]).name}", "cluster=local", *places, *kept]
 
 
@@ -231,7 +282,7 @@ def read_options(kind: type[Any], words: Sequence[str]) -> Any:
     return with_overrides(kind(**given, slurm=Slurm.model_validate(read_site().slurm)), values)
 
 
-def first_part(options: Preparation) -> tuple[Store, pack.SourcePart]:
+def first_part(options: Preparation) -> tuple[Store, SourcePart]:
     store, parts = options.parts()
     return store, parts[0]
 

@@ -11,9 +11,9 @@ from rich.table import Table
 from hpc_mm.config import ConfigError
 from hpc_mm.data.ledger import OK, Ledger
 from hpc_mm.data.shards import check_shards
-from hpc_mm.data.store import Store, open_store
+from hpc_mm.data.store import Store, open_store, write_changed
 from hpc_mm.data.wanted import read_plan
-from hpc_mm.pack import STATS
+from hpc_mm.pack import FETCHED, STATS
 
 
 def verify(address: str) -> None:
@@ -23,7 +23,7 @@ def verify(address: str) -> None:
     problems = check_shards(out)
     if not problems:
         stats = json.loads(out.read(STATS))
-        out.write(STATS, json.dumps({**stats, "fetched": fetched}, indent=1).encode())
+        write_changed(out, STATS, json.dumps({**stats, FETCHED: fetched}, indent=1).encode())
         show(address, {**{f"fetched: {name}": count for name, count in fetched.items()}, **stats})
     if missing:
         problems.append(f"{missing} URLs of the plan were not tried: stage=fetch is not done")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import re
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -67,6 +67,8 @@ class Ledger:
 
     ``add`` and ``flush`` append a file of new lines; ``finish`` puts all lines into one file, sorted by key. A line
     with more attempts replaces one with fewer, so it does not matter where a process dies between writing and deleting.
+    No two processes write a file of one name, save the last: where two launches do the same part, none loses lines that
+    the other needs, since either has all lines in memory.
     """
 
     def __init__(self, store: Store, part: str) -> None:
@@ -81,7 +83,8 @@ class Ledger:
                 continue
             for line in found:
                 self._take(line)
-        self._next = 1 + max((int(re.sub(r"\D", "", name.rpartition("/")[2])) for name in self.pieces), default=-1)
+        self._next = 1 + max((int(name.rpartition("/")[2].partition("-")[0]) for name in self.pieces), default=-1)
+        self._own = uuid.uuid4().hex[:8]
         self._new: list[Line] = []
         self._part = part
 
@@ -99,7 +102,7 @@ class Ledger:
         if not self._new and self.begun:
             return
         new = list(self._new)
-        name = f"{FOLDER}/{self._part}/{self._next:06d}.parquet"
+        name = f"{FOLDER}/{self._part}/{self._next:06d}-{self._own}.parquet"
         self.store.write(name, to_parquet(new))
         del self._new[: len(new)]
         self.pieces.append(name)

@@ -39,12 +39,16 @@ def holds_records(key: str) -> bool:
     return key.endswith(ENDINGS) and key.rpartition("/")[2] not in BESIDE
 
 
-def read_records(store: Store, key: str, columns: Sequence[str] = ()) -> Iterator[Record | BrokenRecord]:
+def read_records(
+    store: Store, key: str, columns: Sequence[str] = (), only: Sequence[str] = ()
+) -> Iterator[Record | BrokenRecord]:
     """Every record of a file in order, each with its place; a BrokenRecord in the place of what cannot be read.
 
     ``columns`` names the values of tab-separated files. Without them the first line does; a first line that has just
-    these names in any order does so too. ConfigError where the file is of an unknown kind, DamagedFile where it cannot
-    be read to its end.
+    these names in any order does so too. ``only``: columns of a table (.parquet, .arrow) that are wanted; without them
+    all are, and other kinds always give all.
+
+    ConfigError where the file is of an unknown kind, DamagedFile where it cannot be read to its end.
     """
     if not key.endswith(ENDINGS):
         raise ConfigError(f"{store.address}/{key}: records come from {', '.join(ENDINGS)} files")
@@ -54,7 +58,7 @@ def read_records(store: Store, key: str, columns: Sequence[str] = ()) -> Iterato
     try:
         with opened(store, key, size) as file:
             if key.endswith((".parquet", ".arrow")):
-                yield from table_rows(file, key)
+                yield from table_rows(file, key, only)
             elif key.endswith(".json"):
                 yield from JsonList(file, key).entries()
             elif key.endswith((".tsv", ".tsv.gz")):
@@ -220,12 +224,12 @@ class JsonList:
         raise ValueError(f"line {line}: {reason}")
 
 
-def table_rows(file: io.BufferedReader, key: str) -> Iterator[Record]:
+def table_rows(file: io.BufferedReader, key: str, only: Sequence[str]) -> Iterator[Record]:
     import pyarrow
 
     number = 0
     try:
-        for batch in batches(file, key):
+        for batch in batches(file, key, only):
             for row in batch.to_pylist():
                 number += 1
                 yield Record(row, f"{key} row {number}")
@@ -233,15 +237,21 @@ def table_rows(file: io.BufferedReader, key: str) -> Iterator[Record]:
         raise OSError(str(error)) from error
 
 
-def batches(file: io.BufferedReader, key: str) -> Iterator[Any]:
+def batches(file: io.BufferedReader, key: str, only: Sequence[str]) -> Iterator[Any]:
     """Pieces of a table of parquet, or of arrow as the ``datasets`` library saves it."""
     import pyarrow.parquet
 
     if key.endswith(".parquet"):
-        yield from pyarrow.parquet.ParquetFile(file).iter_batches(BATCH)
+        table = pyarrow.parquet.ParquetFile(file)
+        yield from table.iter_batches(BATCH, columns=chosen(table.schema_arrow.names, only))
         return
     for batch in pyarrow.ipc.open_stream(file):
+        batch = batch.select(chosen(batch.schema.names, only))
         yield from (batch.slice(start, BATCH) for start in range(0, batch.num_rows, BATCH))
+
+
+def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
+    return [name for name in names if not only or name in only]
 
 
 def parquet_file(file: io.BufferedReader, store: Store, key: str) -> Any:

@@ -229,7 +229,7 @@ class S3Store:
         token: str | None = ""
         while token is not None:
             page, token = self._page(start + prefix, token)
-            yield from (Entry(found["Key"].removeprefix(start), found["Size"]) for found in page)
+            yield from (Entry(found["Key"].removeprefix(start), found["Size"], found["ETag"]) for found in page)
 
     def _page(self, prefix: str, token: str) -> tuple[Iterator[dict[str, Any]], str | None]:
         """Up to 1,000 objects, and where the next ones begin. Keys with a last slash only mark folders."""

@@ -25,12 +25,13 @@ from pydantic_core import from_json
 from hpc_mm.config import ConfigError
 from hpc_mm.data.cache import ReadCache
 from hpc_mm.data.schema import Image, Part, Sample, Text
-from hpc_mm.data.store import MissingKey, Store, StoreError
+from hpc_mm.data.store import MissingKey, Store, StoreError, write_changed
 
 MANIFEST = "index.json"  # of a folder of shards: written last, so a folder that has it is whole
 INDEX = ".index.json"  # ends the name of a shard's own index
 SHARD_BYTES = 256 * 2**20  # size at which a shard is closed
 BLOCK = 512  # bytes; a tar's unit
+DIGITS = 16  # of a tar's SHA-256 in its name, where several write into a folder
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "avif")
 CAPTION_SUFFIXES = ("txt", "caption")
 
@@ -151,9 +152,9 @@ def consistent(index: ShardIndex) -> bool:
 
 
 def write_manifest(store: Store, shards: list[ShardInfo]) -> None:
-    """Declare the folder whole."""
+    """Declare the folder whole. A manifest that says the same stays untouched."""
     rows = [asdict(shard) for shard in sorted(shards, key=lambda shard: shard.name)]
-    store.write(MANIFEST, json.dumps(rows, indent=0).encode())
+    write_changed(store, MANIFEST, json.dumps(rows, indent=0).encode())
 
 
 def read_manifest(store: Store) -> Shards:
@@ -233,12 +234,20 @@ def image_suffix(data: bytes) -> str:
     return "avif" if data[4:12] in (b"ftypavif", b"ftypavis") else "jpg"
 
 
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+
+
 class ShardWriter:
     """Writes samples into ``NAME-000000.tar``, ``NAME-000001.tar``, ... with their indexes, and then the manifest.
 
     A shard is built on this machine's disk (TMPDIR) and uploaded whole; it is closed at ``max_bytes``. Sample ids are
-    letters, digits, ``_`` and ``-`` (a tar key ends at its first dot) and differ within a shard. ``manifest=False`` is
-    for one of several writers into a folder: whoever sees them all finished writes it.
+    letters, digits, ``_`` and ``-`` (a tar key ends at its first dot) and differ within a shard.
+
+    ``manifest=False`` is for one of several writers into a folder: whoever sees them all finished writes it. Names are
+    then ``NAME-000000-DIGEST.tar`` with 16 hex digits of the tar's SHA-256, so that a shard is never replaced by other
+    bytes: an older manifest stays true, and two processes with one task cannot mix their work.
     """
 
     def __init__(self, store: Store, name_prefix: str, max_bytes: int = SHARD_BYTES, manifest: bool = True) -> None:
@@ -280,12 +289,14 @@ class ShardWriter:
         path = self._path
         self._tar.close()
         self._tar = None
-        if not self.shards:
+        if self.manifest and not self.shards:
             self.store.delete(MANIFEST)  # from here on the folder is not what an older manifest says
         index = pack_index(path.stat().st_size, self._samples)
-        name = f"{self.name_prefix}-{len(self.shards):06d}.tar"
-        self.store.upload(name, path)
-        self.store.write(name + INDEX, index.dump())
+        name = f"{self.name_prefix}-{len(self.shards):06d}{'' if self.manifest else '-' + digest(path)}.tar"
+        if self.manifest or self.store.size(name) != index.tar_bytes:
+            self.store.upload(name, path)
+        if self.manifest or self.store.size(name + INDEX) is None:
+            self.store.write(name + INDEX, index.dump())
         path.unlink()
         self.shards.append(ShardInfo(name, len(index.keys), index.tar_bytes))
         self._samples, self._ids = [], set()

@@ -8,7 +8,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
@@ -35,6 +35,7 @@ class StoreError(Exception):
 class Entry:
     key: str
     size: int  # bytes
+    version: str = field(default="", compare=False)  # another one for other bytes: the ETag; a file's time, ns
 
 
 class Store(Protocol):
@@ -80,6 +81,16 @@ def open_store(address: str, deadline: float = DEADLINE, make: bool = False) -> 
     from hpc_mm.data.s3 import S3Store  # boto3 takes longer to import than the rest of a launch
 
     return S3Store(bucket, prefix.strip("/"), deadline)
+
+
+def write_changed(store: Store, key: str, data: bytes) -> None:
+    """Write a value unless it is there already: what stays the same keeps its time and its ETag."""
+    try:
+        if store.read(key) == data:
+            return
+    except MissingKey:
+        pass
+    store.write(key, data)
 
 
 def checked(key: str) -> str:
@@ -163,12 +174,12 @@ class FolderStore:
                 yield from self._walk(key.removesuffix("/"))
             elif not name.endswith(PARTIAL):
                 try:
-                    size = entry.stat().st_size
+                    facts = entry.stat()
                 except FileNotFoundError:  # gone since, or a link to nothing
                     continue
                 except OSError as error:
                     raise ConfigError(f"cannot list {self.address}/{key}: {error.strerror}") from None
-                yield Entry(key, size)
+                yield Entry(key, facts.st_size, str(facts.st_mtime_ns))
 
     def size(self, key: str) -> int | None:
         path = self._path(key)

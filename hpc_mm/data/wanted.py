@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -20,6 +21,7 @@ from hpc_mm.data.store import MissingKey, Store
 FOLDER, PLAN = "plan", "plan.json"
 PART_URLS = 20_000  # of a part: some minutes of fetching
 BUCKETS = 256  # by the first two hex digits of a key; one of them is in memory at a time
+DIGITS = 12  # of a digest in the name of a part
 GROUPS = 512  # at most: each is a file that is open while the plan is made
 
 
@@ -34,9 +36,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be fetched. ``made_from``: the files of records and their bytes."""
+    """What is to be fetched."""
 
-    made_from: dict[str, int]
+    made_from: dict[str, int]  # files of records and their bytes
+    options: dict[str, Any]  # that decide which URLs are fetched, and what becomes of them
     named: int  # times that a record names an image
     unique: int  # URLs
     present: int  # of these, in the store already
@@ -76,22 +79,30 @@ def read_urls(out: Store, part: Part) -> list[str]:
 
 
 def make_plan(
-    urls: Iterable[str], made_from: dict[str, int], images: Store, out: Store, part_urls: int = PART_URLS
+    urls: Iterable[str],
+    made_from: dict[str, int],
+    options: dict[str, Any],
+    images: Store,
+    out: Store,
+    part_urls: int = PART_URLS,
 ) -> Plan:
     """Write the parts, then the plan, which is returned. The same URLs and the same store give the same bytes.
+
+    Where another launch has made a plan meanwhile, that one stays. Parts have the digest of their URLs in their names,
+    so that two plans of one corpus, between which the store has grown, never share a part or its ledger.
 
     Memory is that of the largest 256th of the keys and of the largest group; the rest is in temporary files: about
     twice the text of the URLs. The store is listed once.
     """
     counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="hpc_mm-plan-") as folder:
-        keyed = Spill(Path(folder, "keyed"), BUCKETS)
+    with tempfile.TemporaryDirectory(prefix="hpc_mm-plan-") as folder, ExitStack() as spills:
+        keyed = spills.enter_context(closing(Spill(Path(folder, "keyed"), BUCKETS)))
         for url in urls:
             counts["named"] += 1
             keyed.add(int(image_key(url)[:2], 16), url)
         # As many groups as parts are needed at most, before anything is known of the store.
         groups = min(GROUPS, max(1, -(-counts["named"] // part_urls)))
-        grouped = Spill(Path(folder, "grouped"), groups)
+        grouped = spills.enter_context(closing(Spill(Path(folder, "grouped"), groups)))
         listed = Listing(images)
         for bucket in range(BUCKETS):
             found = {image_key(url): url for url in keyed.read(bucket)}
@@ -104,11 +115,15 @@ def make_plan(
             ordered, hosts = interleaved(grouped.read(group))
             counts["hosts"] += hosts
             for start in range(0, len(ordered), part_urls):
-                part = Part(f"{group:05d}-{start // part_urls:05d}", group, len(ordered[start : start + part_urls]))
-                out.write(f"{FOLDER}/{part.name}.parquet", _parquet(ordered[start : start + part_urls]))
+                members = ordered[start : start + part_urls]
+                digest = hashlib.sha256(json.dumps(members).encode()).hexdigest()[:DIGITS]
+                part = Part(f"{group:05d}-{start // part_urls:05d}-{digest}", group, len(members))
+                out.write(f"{FOLDER}/{part.name}.parquet", _parquet(members))
                 parts.append(part)
     numbers = {name: counts[name] for name in ("named", "unique", "present", "hosts")}
-    plan = Plan(made_from, parts=tuple(parts), **numbers)
+    plan, other = Plan(made_from, options, parts=tuple(parts), **numbers), read_plan(out)
+    if other is not None:
+        return other
     out.write(f"{FOLDER}/{PLAN}", json.dumps(asdict(plan)).encode())
     return plan
 
@@ -177,3 +192,7 @@ class Spill:
         with (self.folder / str(number)).open() as lines:
             yield from map(json.loads, lines)
         (self.folder / str(number)).unlink()
+
+    def close(self) -> None:
+        for file in filter(None, self.files):
+            file.close()

@@ -15,7 +15,7 @@ from checkout import ROOT, environment
 from fault_proxy import fault_proxy
 from image_server import ImageServer, image_server
 from jobs import wait
-from scripts import plainly_read
+from scripts import plainly_read, run
 
 from hpc_mm.config import ConfigError
 from hpc_mm.data.schema import image_key
@@ -153,3 +153,37 @@ def test_a_store_that_fails_at_times_loses_nothing(
     assert everything(f"{ceph}/faulty/documents") == everything(f"{ceph}/peaceful/documents")
     names = [{entry.key for entry in open_store(f"{ceph}/{kind}/images").list()} for kind in ("faulty", "peaceful")]
     assert names[0] == names[1] and len(names[0]) == 128
+
+
+def test_packing_again_touches_what_has_changed(ceph: str, tmp_path: Path) -> None:
+    """Images of two of three files come late; then the store's own dates tell what was written anew."""
+    images, out = open_store(f"{ceph}/late/images"), f"{ceph}/late/out"
+    (tmp_path / "in").mkdir()
+    for part in range(3):
+        lines = [json.dumps({"url": f"u/{part}/{i}", "caption": "a"}) + "\n" for i in range(4)]
+        (tmp_path / "in" / f"part-{part}.jsonl").write_text("".join(lines))
+    urls = [f"u/{part}/{i}" for part in range(3) for i in range(4)]
+    late = {"u/0/1", "u/2/3"}
+    for url in urls:
+        if url not in late and url != "u/1/2":
+            images.write(image_key(url), url.encode() * 99)
+    values = {"source": tmp_path / "in", "images": f"{ceph}/late/images"}
+    assert run("cc3m", **values, out=out) == 0
+    first = dates(out)
+    for url in late:
+        images.write(image_key(url), url.encode() * 99)
+    assert run("cc3m", **values, out=out, recheck="1") == 0
+    second = dates(out)
+    same = {name for name in first if second.get(name) == first[name]}
+    assert {name[:6] for name in same if name.endswith(".tar")} == {"part-1"}
+    assert run("cc3m", **values, out=out, recheck="1") == 0
+    assert dates(out) == second
+    assert run("cc3m", **values, out=f"{ceph}/late/quiet", recheck="1") == 0
+    assert everything(out) == everything(f"{ceph}/late/quiet")
+
+
+def dates(address: str) -> dict[str, object]:
+    """When each object was written."""
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    found = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]
+    return {entry["Key"].removeprefix(f"{prefix}/"): entry["LastModified"] for entry in found}

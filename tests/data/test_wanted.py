@@ -23,7 +23,7 @@ def test_every_url_is_wanted_once_unless_it_is_there(urls: list[str], there: set
         present = {url for number, url in enumerate(urls) if number in there}
         for url in present:
             images.write(image_key(url), b"image")
-        plan = make_plan(urls, {"a.jsonl": 1}, images, out, part_urls)
+        plan = make_plan(urls, {"a.jsonl": 1}, {}, images, out, part_urls)
         assert read_plan(out) == plan
         found = {part.name: read_urls(out, part) for part in plan.parts}
         listed = [url for one in found.values() for url in one]
@@ -42,7 +42,7 @@ def test_a_plan_is_a_function_of_urls_and_store(tmp_path: Path) -> None:
     urls = [f"http://h{number % 7}.org/{number}" for number in range(500)]
     for name in ("one", "two"):
         out, images = (open_store(f"{tmp_path}/{name}/{kind}", make=True) for kind in ("out", "images"))
-        make_plan(urls if name == "one" else reversed(urls), {}, images, out, 64)
+        make_plan(urls if name == "one" else reversed(urls), {}, {}, images, out, 64)
     files = [
         {path.name: path.read_bytes() for path in (tmp_path / name / "out/plan").iterdir()} for name in ("one", "two")
     ]
