@@ -57,6 +57,7 @@ def test_a_warned_job_requeues_itself_and_loses_no_step(user: dict[str, str], al
     print(f"from the signal to the first new step: {back - warned:.1f} s on 2 nodes; a bare srun: {bare:.1f} s")
 
 
+@pytest.mark.chaos
 def test_nodes_may_change_from_start_to_start(user: dict[str, str], alone: list[list[float]]) -> None:
     """4 nodes, then 2, then 3, of ZeRO-3: scancel ends each after a step, which is all that a user types."""
     words = ["strategy=zero3", "train.steps=6"]
