@@ -8,13 +8,32 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import samples
+from hostile import (
+    CANARY,
+    EXPECTED,
+    SERVER,
+    Names,
+    Server,
+    forget_peak,
+    guarded_server,
+    peak_mb,
+    redirect,
+    self_signed,
+    slow_body,
+    whole,
+)
 from image_server import ImageServer, image_server
+from PIL import Image as Picture
+from PIL import PngImagePlugin
 
 from hpc_mm import download
 from hpc_mm.data.ledger import Ledger, Line, from_parquet
@@ -167,6 +186,87 @@ def test_a_host_that_never_mends_does_not_keep_a_task(server: ImageServer, tmp_p
     assert {line.key: line.attempts for line in ledger(out)} == {
         image_key(server.url(number)): count for number, count in asked.items()
     }
+
+
+LONG = 6.0  # seconds for a URL where 350 hosts are asked at once, on a machine that may be busy
+
+
+def test_hostile_servers_leave_one_line_each_and_nothing_else(tmp_path: Path) -> None:
+    """In a new process, whose memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(fetch_from_hostile_servers, tmp_path, *self_signed(tmp_path)).result()
+
+
+def fetch_from_hostile_servers(folder: Path, certificate: Path, key: Path) -> None:
+    """One second beyond the deadline at most, and never more than 64 MB beyond what a harmless fetch has needed."""
+    web = Web(deadline=LONG, max_mb=4, host_rate=0, allow=(f"{SERVER}/32",), come_back=0)
+    with guarded_server() as server, guarded_server(certificate, key) as secure:
+        server.pages = pages()
+        harmless, out, images = planned([f"http://good.test:{server.port}/picture?{n}" for n in range(50)], folder)
+        assert download.fetch(harmless.parts, out, images, web, Recode(), (), Names()).done == {"ok": 50}
+        cases = hostile_cases(server, secure)
+        plan, out, images = planned(list(cases), folder / "hostile")
+        names = Names()
+        names.answers["rebind.test"] = [[SERVER], [CANARY]]
+        forget_peak()
+        before = peak_mb()
+        download.fetch(plan.parts, out, images, web, Recode(), (), names)
+        grown = peak_mb() - before
+    found = {line.key: line for line in ledger(out)}
+    assert sum(1 for _ in out.list("ledger")) == 1 and len(ledger(out)) == len(found) == len(cases)
+    rebound = [found.pop(image_key(url)) for url, expected in cases.items() if not expected]
+    assert sorted(line.status + line.reason for line in rebound) == ["blockedaddress", "ok"]
+    assert {url: (line.status, line.reason) for url in cases if (line := found.get(image_key(url)))} == {
+        url: expected for url, expected in cases.items() if expected
+    }
+    lines = [*found.values(), *rebound]
+    ended = sorted(line.time for line in lines)
+    assert ended[-1] - ended[0] < LONG + 1, "all begin at once, and an address that is refused ends at once"
+    good = {line.key for line in lines if line.status == "ok"}
+    assert {entry.key for entry in images.list()} == good and len(good) == 2 + 1
+    assert {images.read(name) for name in good} == {samples.encoded(samples.picture(1))}
+    assert grown < 64, f"{grown} MB"
+
+
+def pages() -> dict[str, bytes]:
+    """Bodies that only decoding tells from pictures, and one that is one."""
+    good = samples.encoded(samples.picture(1))
+    smooth = samples.encoded(samples.picture(2, 400, 300), "JPEG")
+    words = PngImagePlugin.PngInfo()
+    words.add(b"zTXt", b"comment\0\0" + zlib.compress(bytes(10**8)))
+    bodies = {
+        "picture": good,
+        "truncated": smooth[: len(smooth) // 2],
+        "bomb": samples.encoded(Picture.new("1", (10_000, 10_000))),
+        "text_bomb": samples.encoded(samples.picture(3), pnginfo=words),
+    }
+    return {name: whole("200 OK", body, "Content-Type: image/jpeg") for name, body in bodies.items()} | {
+        "to_picture": redirect("picture")
+    }
+
+
+def hostile_cases(server: Server, secure: Server) -> dict[str, tuple[str, str] | None]:
+    """URLs with the status and reason of each; None where that of one depends on that of another."""
+    cases: dict[str, tuple[str, str] | None] = {}
+    for name, expected in EXPECTED.items():  # "ok": bytes came, which the fetcher does not look at
+        said = ("poison", "not_an_image") if expected[0] == "ok" else expected
+        cases[f"http://{name}.test:{server.port}/{name}"] = said
+    for name in ("truncated", "bomb", "text_bomb"):
+        cases[f"http://{name}.test:{server.port}/{name}"] = ("poison", "not_an_image")
+    for name in ("picture", "to_picture"):
+        cases[f"http://{name}.test:{server.port}/{name}"] = ("ok", "")
+    for number in range(3):
+        cases[f"http://storm.test:{server.port}/storm?{number}"] = ("retry", "http_429")
+    for number in range(300):
+        cases[f"http://n{number}.nowhere/ok"] = ("retry", "dns")
+    for address in (CANARY, "169.254.169.254"):
+        cases[f"http://{address}:{server.port}/ok"] = ("blocked", "address")
+    for port in (server.port, server.other_port):
+        cases[f"http://rebind.test:{port}/picture"] = None
+    cases[f"https://tls.test:{secure.port}/picture"] = ("retry", "tls")
+    server.robots["drip.test"] = slow_body
+    cases[f"http://drip.test:{server.port}/picture"] = ("retry", "timeout")
+    return cases
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.chaos)])
