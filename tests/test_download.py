@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from hpc_mm.data.wanted import Plan, make_plan, read_plan
 from hpc_mm.data.web import Web
 
 ROOT = Path(__file__).resolve().parents[1]
-WEB = ["web.allow=127.0.0.0/8", "web.host_rate=0", "cluster=local"]
+WEB = ["web.allow=127.0.0.0/8", "cluster=local"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def write_source(path: Path, server: ImageServer, count: int) -> Path:
 
 def command(source: Path, out: Path, *words: str) -> list[str]:
     places = [f"source={source}", f"out={out}/out", f"images={out}/images"]
-    return [sys.executable, str(ROOT / "data_prep" / "cc3m.py"), *places, *WEB, *words]
+    rate = [] if any(word.startswith("web.host_rate=") for word in words) else ["web.host_rate=0"]
+    return [sys.executable, str(ROOT / "data_prep" / "cc3m.py"), *places, *WEB, *rate, *words]
 
 
 def prepared(source: Path, out: Path, *words: str) -> str:
@@ -118,6 +120,51 @@ def test_a_rerun_fetches_only_what_failed(server: ImageServer, tmp_path: Path, c
     for line in lines:
         data = (tmp_path / "run/images" / line.key).read_bytes()
         assert (line.sha256, line.stored) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+WORDS = ["tasks=2", "part_urls=300", "shard_mb=1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: ImageServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source, and where its shards lie that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    source = write_source(folder / "pairs.jsonl", server, 1500)
+    prepared(source, folder / "quiet", *WORDS)
+    assert shards(folder / "quiet")
+    return source, folder / "quiet"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends them")
+def test_tasks_end_with_their_launcher(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed alone while its tasks start, and while they fetch, it leaves nobody to work beside the next one."""
+    source, quiet = undisturbed
+    images = tmp_path / "killed" / "images"
+    for stored in (0, 12):
+        words = command(source, tmp_path / "killed", "web.host_rate=1", *WORDS)
+        launcher = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        while len(running(str(tmp_path / "killed"))) < 3 or len(list(images.iterdir())) < stored:
+            assert launcher.poll() is None
+            time.sleep(0.01)
+        launcher.kill()
+        launcher.wait()
+        end = time.monotonic() + 30
+        while running(str(tmp_path / "killed")) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert running(str(tmp_path / "killed")) == []
+        assert len(list(images.iterdir())) < 200
+    prepared(source, tmp_path / "killed", *WORDS)
+    assert shards(tmp_path / "killed") == shards(quiet)
+
+
+def running(word: str) -> list[str]:
+    """The processes whose command line holds this."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended since
+            if word in file.read_text(errors="replace"):
+                found.append(file.parent.name)
+    return found
 
 
 def planned(urls: list[str], folder: Path) -> tuple[Plan, Store, Store]:
@@ -270,15 +317,14 @@ def hostile_cases(server: Server, secure: Server) -> dict[str, tuple[str, str] |
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.chaos)])
-def test_killed_at_any_moment_the_shards_are_the_same(server: ImageServer, tmp_path: Path, kills: int) -> None:
-    source = write_source(tmp_path / "pairs.jsonl", server, 1500)
-    words = ["tasks=2", "part_urls=300", "shard_mb=1"]
-    prepared(source, tmp_path / "quiet", *words)
+def test_killed_at_any_moment_the_shards_are_the_same(
+    undisturbed: tuple[Path, Path], tmp_path: Path, kills: int
+) -> None:
+    source, quiet = undisturbed
     draw = random.Random(7)
-    server.requests()
     for _ in range(kills):
         process = subprocess.Popen(
-            command(source, tmp_path / "killed", *words),
+            command(source, tmp_path / "killed", *WORDS),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -286,6 +332,5 @@ def test_killed_at_any_moment_the_shards_are_the_same(server: ImageServer, tmp_p
         time.sleep(draw.uniform(0.3, 3.0))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    prepared(source, tmp_path / "killed", *words)
-    assert shards(tmp_path / "killed") == shards(tmp_path / "quiet")
-    assert shards(tmp_path / "quiet")
+    prepared(source, tmp_path / "killed", *WORDS)
+    assert shards(tmp_path / "killed") == shards(quiet)
