@@ -14,6 +14,7 @@ from pathlib import Path
 from hpc_mm import slurm
 from hpc_mm.command import ROOT, Submission, header, site_directives
 from hpc_mm.config import ConfigError, Slurm
+from hpc_mm.deadline import LAUNCHER
 from hpc_mm.prepare import SHARED, STAGES, Preparation
 from hpc_mm.site import read_site
 from hpc_mm.submission import frozen, locked, next_submission
@@ -24,9 +25,10 @@ WARNING = 120  # seconds before a job's end at which it goes back into the queue
 
 def run_tasks(words: Sequence[str], stage: str, tasks: int) -> int:
     """Every task of a stage as a process, so many at once as there are cores; 0, or 1 where one failed."""
+    environment = {**os.environ, LAUNCHER: str(os.getpid())}
 
     def run(task: int) -> int:
-        return subprocess.run([*words, f"stage={stage}", f"task={task}"], cwd=ROOT).returncode
+        return subprocess.run([*words, f"stage={stage}", f"task={task}"], cwd=ROOT, env=environment).returncode
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         failed = [task for task, code in enumerate(threads.map(run, range(tasks))) if code]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from hpc_mm.attempt import ENDED, WARNED
 
+LAUNCHER = "HPC_MM_LAUNCHER"  # environment variable: the process that started this one and must outlive it
 END_TIME = "HPC_MM_END_TIME"  # environment variable: when Slurm ends the job, in unix seconds
 LAST_STEPS = 8  # the next step is taken to last as long as the slowest of these
 FIRST_SAVE = 60.0  # seconds, until a save has been measured
@@ -67,10 +68,13 @@ class Deadline:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, so that no rank outlives a killed agent (Linux)."""
+    """Let the kernel kill this process when its parent ends, so that no rank outlives a killed agent (Linux).
+
+    A parent that has named itself as LAUNCHER may even have ended before this call.
+    """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
+
+from aiohttp.abc import AbstractResolver
 
 from hpc_mm.data.ledger import OK, POISON, RETRY, Ledger, Line
 from hpc_mm.data.pictures import UnreadableImage
@@ -19,13 +23,14 @@ from hpc_mm.data.recode import Recode, StoredImage, recode
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store, StoreError
 from hpc_mm.data.wanted import Part, host_of, read_urls
-from hpc_mm.data.web import NOT_AN_IMAGE, Fetcher, Web
+from hpc_mm.data.web import NOT_AN_IMAGE, UNREACHABLE, Fetcher, Web
 
 PENDING = 2000  # URLs of a part that are under way or wait for their host's turn
 AT_ONCE = 4  # groups of parts, so that the last slow hosts of one do not hold up the others
 WRITES = 32  # images being decoded or written to the store
 MOST_HELD = 32 * 2**20  # bytes of bodies that wait for a thread
 FLUSH = 5.0  # seconds between two writes of a ledger: what a kill makes us look for in the store again
+CLOCKS = 0.1  # seconds by which two clocks may disagree on the length of a sleep
 REPORT = 15.0  # seconds between two lines of progress
 
 
@@ -38,16 +43,17 @@ class Tally:
     bytes: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def add(self, line: Line) -> None:
-        self.done[line.status if line.status == OK else f"{line.status}: {line.reason}"] += 1
-        self.bytes += line.bytes
+    def add(self, line: Line, times: int = 1) -> None:
+        """Count a line; ``times`` = -1 takes one back whose URL is asked again."""
+        self.done[line.status if line.status == OK else f"{line.status}: {line.reason}"] += times
+        self.bytes += times * line.bytes
 
     def text(self) -> str:
         """Share, rate, errors by class, time left."""
         done, seconds = self.done.total(), time.monotonic() - self.started
         rate = done / max(seconds, 1e-9)
         left = (self.total - done) / rate if done else 0.0
-        classes = ", ".join(f"{count} {name}" for name, count in self.done.most_common())
+        classes = ", ".join(f"{count} {name}" for name, count in self.done.most_common() if count)
         megabytes = self.bytes / 1e6 / max(seconds, 1e-9)
         return f"{done} of {self.total} URLs, {rate:.0f}/s, {megabytes:.1f} MB/s, {left:.0f} s left: {classes}"
 
@@ -63,33 +69,69 @@ class Download:
         self.decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
         self.tally = Tally()
         self.held = 0  # bytes
+        self.later: dict[Part, float] = {}  # what hosts have put off, and the first end of a pause in unix seconds
 
     async def parts(self, parts: Sequence[Part]) -> Tally:
-        """Fetch these parts, those of a group one after the other, since they share hosts."""
+        """Fetch these parts, and then again what hosts have put off."""
         self.tally.total = sum(part.urls for part in parts)
-        slots = asyncio.Semaphore(AT_ONCE)
         reporter = asyncio.create_task(self.report())
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for _, members in groupby(parts, key=lambda part: part.group):
-                    tasks.create_task(self.group(list(members), slots))
+            await self.each(parts, self.part)
+            await self.come_back(parts)
         finally:
             reporter.cancel()
             self.threads.shutdown(cancel_futures=True)
         return self.tally
 
-    async def group(self, parts: Sequence[Part], slots: asyncio.Semaphore) -> None:
-        async with slots:
-            for part in parts:
-                await self.part(part)
+    async def each(self, parts: Sequence[Part], work: Callable[[Part], Awaitable[None]]) -> None:
+        """Do the parts of a group one after the other, since they share hosts."""
+        slots = asyncio.Semaphore(AT_ONCE)
 
-    async def part(self, part: Part) -> None:
+        async def group(members: Sequence[Part]) -> None:
+            async with slots:
+                for part in members:
+                    await work(part)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _, members in groupby(parts, key=lambda part: part.group):
+                tasks.create_task(group(list(members)))
+
+    async def come_back(self, parts: Sequence[Part]) -> None:
+        """Ask hosts again when the pauses are over that they asked for, as long as a task is to go on for that.
+
+        A pause gets longer each time, so a host that never mends is asked a few times only.
+        """
+        end = time.time() + self.fetcher.settings.come_back
+        while self.later and (start := min(self.later.values())) <= end:
+            wait = max(start - time.time(), 0.0) + CLOCKS
+            print(f"hosts of {len(self.later)} parts asked for a pause, the first for {wait:.0f} s more", flush=True)
+            await asyncio.sleep(wait)
+            due = [part for part in parts if self.later.get(part, math.inf) <= time.time()]
+            await self.each(due, partial(self.part, again=True))
+
+    async def part(self, part: Part, again: bool = False) -> None:
+        """Fetch what is to do of a part; ``again``: only what its hosts have put off."""
         ledger = await asyncio.to_thread(Ledger, self.out, part.name)
         urls = await asyncio.to_thread(read_urls, self.out, part)
-        todo = [url for url in urls if self.wants(ledger.lines.get(image_key(url)), time.time())]
-        self.tally.total -= len(urls) - len(todo)
-        if not todo and not ledger.begun:
-            return
+        now = time.time()
+        todo = [url for url in urls if self.wants(ledger.lines.get(image_key(url)), now, again)]
+        if again:
+            for url in todo:
+                self.tally.add(ledger.lines[image_key(url)], -1)
+        else:
+            late = [line for line in ledger.lines.values() if self.is_put_off(line) and (line.retry_at or 0.0) > now]
+            for line in late:
+                self.tally.add(line)
+            self.tally.total -= len(urls) - len(todo) - len(late)
+        if todo or ledger.begun:
+            await self.work(todo, ledger, len(urls))
+        pauses = [line.retry_at or 0.0 for line in ledger.lines.values() if self.is_put_off(line)]
+        self.later.pop(part, None)
+        if pauses:
+            self.later[part] = min(pauses)
+
+    async def work(self, todo: Sequence[str], ledger: Ledger, urls: int) -> None:
+        """Fetch these of the part's so many URLs."""
         unsure = ledger.begun  # what was stored in the seconds before a process died has no line yet
         await asyncio.to_thread(ledger.flush)
         over, waiting = asyncio.Event(), iter(todo)
@@ -101,15 +143,22 @@ class Download:
         finally:
             over.set()
             await flusher
-        whole = len(ledger.lines) == len(urls)
+        whole = len(ledger.lines) == urls
         await asyncio.to_thread(ledger.finish if whole else ledger.flush)
 
-    def wants(self, line: Line | None, now: float) -> bool:
+    def wants(self, line: Line | None, now: float, again: bool) -> bool:
         if line is None:
             return not self.retry
-        if self.retry:
-            return line.status != OK and line.reason in self.retry and (line.retry_at or 0.0) <= now
-        return line.status == RETRY and (line.retry_at or 0.0) <= now
+        if (line.retry_at or 0.0) > now:
+            return False
+        if again:
+            return self.is_put_off(line)
+        return line.status == RETRY if not self.retry else line.status != OK and line.reason in self.retry
+
+    def is_put_off(self, line: Line) -> bool:
+        """Whether a host that answers has asked for a pause, so that it may mend while this task runs."""
+        asked = line.status == RETRY and line.retry_at is not None and line.reason not in UNREACHABLE
+        return asked and (not self.retry or line.reason in self.retry)
 
     async def some(self, urls: Iterator[str], ledger: Ledger, unsure: bool) -> None:
         for url in urls:
@@ -140,11 +189,12 @@ class Download:
     async def one(self, url: str, attempts: int) -> Line:
         """Fetch, check, perhaps re-encode, store."""
         outcome = await self.fetcher.fetch(url)
+        asked = outcome.requests or outcome.retry_at is None  # else its host was paused before its turn
         line = Line(
             image_key(url),
             outcome.status,
             "" if outcome.status == OK else outcome.reason,
-            attempts + 1,
+            attempts + 1 if asked else attempts,
             bytes=outcome.received,
             host=outcome.host,
             time=time.time(),
@@ -210,11 +260,19 @@ def with_image(line: Line, image: StoredImage) -> Line:
     )
 
 
-def fetch(parts: Sequence[Part], out: Store, images: Store, web: Web, recoding: Recode, retry: Sequence[str]) -> Tally:
+def fetch(
+    parts: Sequence[Part],
+    out: Store,
+    images: Store,
+    web: Web,
+    recoding: Recode,
+    retry: Sequence[str] = (),
+    resolver: AbstractResolver | None = None,
+) -> Tally:
     """Fetch what is to do of these parts; what it came to. A store that fails raises, and what is stored stays."""
 
     async def run() -> Tally:
-        async with Fetcher(web) as fetcher:
+        async with Fetcher(web, resolver) as fetcher:
             return await Download(fetcher, out, images, recoding, retry).parts(parts)
 
     try:

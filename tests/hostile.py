@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import shutil
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 SERVER = "127.0.0.2"  # the one address that tests allow
@@ -63,6 +66,12 @@ async def silent(out: asyncio.StreamWriter) -> None:
 async def slow(out: asyncio.StreamWriter) -> None:
     await asyncio.sleep(0.1)
     out.write(FIXED["ok"])
+
+
+async def late_redirect(out: asyncio.StreamWriter) -> None:
+    port = out.get_extra_info("sockname")[1]
+    await asyncio.sleep(2)
+    out.write(redirect(f"http://silent.test:{port}/silent"))
 
 
 async def stalling(out: asyncio.StreamWriter) -> None:
@@ -150,10 +159,57 @@ FIXED = {
 ACTIVE: dict[str, Answer] = {
     function.__name__: function
     for function in (
-        slow_body, slow_headers, silent, slow, stalling, endless, endless_chunks, tiny_chunks, many_headers,
-        long_header, many_continues, unasked, half_closed, cut_chunk,
+        slow_body, slow_headers, silent, slow, late_redirect, stalling, endless, endless_chunks, tiny_chunks,
+        many_headers, long_header, many_continues, unasked, half_closed, cut_chunk,
     )
 }  # fmt: skip
+
+
+# What a fetcher makes of a URL with such a path: status and reason.
+EXPECTED = {
+    "ok": ("ok", "ok"),
+    "html": ("ok", "ok"),
+    "to_ok": ("ok", "ok"),
+    "unasked": ("ok", "ok"),
+    "slow_body": ("retry", "timeout"),
+    "slow_headers": ("retry", "timeout"),
+    "silent": ("retry", "timeout"),
+    "endless": ("poison", "too_large"),
+    "endless_chunks": ("poison", "too_large"),
+    "says_much": ("poison", "too_large"),
+    "says_nonsense": ("poison", "malformed"),
+    "says_twice": ("poison", "malformed"),
+    "many_headers": ("poison", "malformed"),
+    "long_header": ("poison", "malformed"),
+    "garbage": ("poison", "malformed"),
+    "upgrade": ("poison", "http_101"),
+    "empty": ("poison", "empty"),
+    "no_content": ("poison", "http_204"),
+    "gzip": ("poison", "encoded"),
+    "loop": ("poison", "redirects"),
+    "to_file": ("poison", "bad_url"),
+    "to_user": ("poison", "bad_url"),
+    "to_nowhere": ("poison", "http_302"),
+    "to_loopback": ("blocked", "address"),
+    "to_decimal": ("blocked", "address"),
+    "to_mapped": ("blocked", "address"),
+    "to_metadata": ("blocked", "address"),
+    "many_continues": ("retry", "connection"),
+    "half_closed": ("retry", "connection"),
+    "cut_chunk": ("retry", "connection"),
+    "storm": ("retry", "http_429"),
+    "storm_without": ("retry", "http_429"),
+    "later": ("retry", "http_503"),
+    "noai": ("blocked", "noai"),
+    "status_403": ("blocked", "http_403"),
+    "status_451": ("blocked", "http_451"),
+    "status_404": ("gone", "http_404"),
+    "status_410": ("gone", "http_410"),
+    "status_418": ("gone", "http_418"),
+    "status_408": ("retry", "http_408"),
+    "status_500": ("retry", "http_500"),
+    "status_503": ("retry", "http_503"),
+}
 
 
 class Server:
@@ -161,6 +217,7 @@ class Server:
 
     def __init__(self, certificate: Path | None = None, key: Path | None = None) -> None:
         self.robots: dict[str, bytes | Answer] = {}
+        self.pages: dict[str, bytes] = {}  # by name, beside FIXED
         self.answers: dict[str, list[bytes]] = {}  # by path, one after the other, before what FIXED says
         self.requests: Counter[str] = Counter()  # by host and path
         self.peers: Counter[str] = Counter()  # connections accepted, by the address that was connected to
@@ -235,7 +292,7 @@ class Server:
         if self.answers.get(path):
             return self.answers[path].pop(0)
         name = path.strip("/").partition("?")[0]
-        return ACTIVE.get(name) or FIXED.get(name) or FIXED["ok"]
+        return ACTIVE.get(name) or self.pages.get(name) or FIXED.get(name) or FIXED["ok"]
 
 
 class Names(AbstractResolver):
@@ -286,3 +343,36 @@ class Guard:
 
 
 GUARD = Guard()
+
+
+@contextlib.contextmanager
+def guarded_server(*certificate: Path) -> Iterator[Server]:
+    """A server for this process, which connects to nothing else. ``certificate``: its file, and that of its key."""
+    server = Server(*certificate)
+    with GUARD.watching() as guard:
+        yield server
+    server.close()
+    assert guard.elsewhere == []
+    assert server.peers[CANARY] == 0
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate for tls.test that nobody trusts, and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate")
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=tls.test"]
+    words += ["-addext", "subjectAltName=DNS:tls.test", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([openssl, *words], check=True, capture_output=True)
+    return certificate, key
+
+
+def peak_mb() -> float:
+    """The most memory since ``forget_peak``."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1000
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ HOSTS = [f"127.0.0.{number}" for number in range(1, 9)]
 
 
 class ImageServer:
-    """``/N`` is image N modulo the images; while ``down`` is set, so many percent of the paths answer 503."""
+    """``/N`` is image N modulo the images; while ``down`` is set, so many percent of the paths answer 503.
+
+    After ``pause`` some hosts answer 429 for so many seconds from the next image that is asked for.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -24,6 +28,9 @@ class ImageServer:
 
     def down(self, percent: int) -> None:
         self._ask(f"down/{percent}")
+
+    def pause(self, hosts: int, seconds: float, retry_after: int) -> None:
+        self._ask(f"pause/{hosts}/{seconds}/{retry_after}")
 
     def requests(self) -> dict[int, int]:
         """Times that each image was asked for since the last call."""
@@ -51,16 +58,22 @@ class Answers(asyncio.Protocol):
     images: ClassVar[list[bytes]] = []
     asked: ClassVar[dict[str, int]] = {}
     percent: ClassVar[int] = 0
+    paused: ClassVar[list[str]] = []  # hosts
+    seconds: ClassVar[float] = 0.0
+    retry_after: ClassVar[str] = ""
+    started: ClassVar[float] = 0.0  # monotonic seconds of the first image asked for since the pause was set
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.buffer = transport, b""
+        self.host = transport.get_extra_info("sockname")[0]
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
         while b"\r\n\r\n" in self.buffer:
             request, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
             status, body = self.answer(request.split(b" ", 2)[1].decode().lstrip("/"))
-            head = f"HTTP/1.1 {status} Word\r\nContent-Length: {len(body)}\r\n\r\n"
+            more = f"Retry-After: {self.retry_after}\r\n" if status == 429 else ""
+            head = f"HTTP/1.1 {status} Word\r\nContent-Length: {len(body)}\r\n{more}\r\n"
             self.transport.write(head.encode() + body)  # type: ignore[attr-defined]
 
     def answer(self, path: str) -> tuple[int, bytes]:
@@ -68,12 +81,19 @@ class Answers(asyncio.Protocol):
         if path.startswith("control/down/"):
             kind.percent = int(path.rpartition("/")[2])
             return 200, b""
+        if path.startswith("control/pause/"):
+            hosts, seconds, kind.retry_after = path.split("/")[2:]
+            kind.paused, kind.seconds, kind.started = HOSTS[: int(hosts)], float(seconds), 0.0
+            return 200, b""
         if path == "control/requests":
             asked, kind.asked = kind.asked, {}
             return 200, json.dumps(asked).encode()
         if not path.isdigit():
             return 404, b""  # robots.txt
         kind.asked[path] = kind.asked.get(path, 0) + 1
+        kind.started = kind.started or time.monotonic()
+        if self.host in kind.paused and time.monotonic() < kind.started + kind.seconds:
+            return 429, b""
         if int(path) * 37 % 100 < kind.percent:
             return 503, b""
         return 200, kind.images[int(path) % len(kind.images)]

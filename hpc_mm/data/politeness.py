@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 
 HOSTS = 10_000  # hosts whose state is kept, beside those in use
 LONGEST_PAUSE = 86_400.0  # seconds
-PATIENCE = 5  # failures to reach a host, one after the other, until it is left alone
+PATIENCE = 5  # failures to get a whole answer of a host, one after the other, until it is left alone
 
 
 class HostPaused(Exception):
@@ -76,6 +76,7 @@ class Host:
         return start - now
 
     def answered(self) -> None:
+        """A whole answer came, whatever it says."""
         self._strikes = 0
 
     def refused(self, reason: str, seconds: float) -> None:
@@ -83,7 +84,7 @@ class Host:
         self._strike(reason, seconds, free=0)
 
     def unreachable(self, reason: str) -> None:
-        """It could not be reached: after some times in a row it is left alone, each time for twice as long."""
+        """No whole answer came: after some times in a row it is left alone, each time for twice as long."""
         self._strike(reason, 0, free=PATIENCE - 1)
 
     def _strike(self, reason: str, seconds: float, free: int) -> None:

@@ -31,6 +31,7 @@ LONGEST_URL = 8192  # characters
 LONGEST_HEADER = 16_384  # bytes; aiohttp takes 128 of them
 READ = 65_536  # bytes that are read ahead of the one who takes them
 FIRST_PAUSE = 1.0  # seconds after a 429 that names none
+FAIR = 0.5  # of the deadline: with less time, what was not done in time says nothing about a host
 
 Status = Literal["ok", "gone", "retry", "blocked", "poison"]
 
@@ -78,7 +79,7 @@ ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (OSError, "connection"),
     (ValueError, "bad_url"),  # a host name that no DNS query can hold
 )
-UNREACHABLE = {"timeout", "dns", "connection", "tls"}  # before any answer, these say something about the host
+UNREACHABLE = {"timeout", "dns", "connection", "tls"}  # these say something about the host
 
 
 def meaning(reason: str) -> Status:
@@ -103,6 +104,12 @@ class Web(Part):
     connections: Positive = Field(256, description="connections at once, per process")
     host_connections: Positive = Field(4, description="connections to one host at once, per process")
     host_rate: float = Field(20.0, ge=0, description="requests per second to one host, per process; 0 = no limit")
+    come_back: float = Field(
+        600.0,
+        ge=0,
+        description="seconds, when a task has done all else, in which hosts that asked for a pause (429, 503 with "
+        "Retry-After) are asked again when it is over; 0 = not before the next run",
+    )
     robots: bool = Field(True, description="obey robots.txt")
     noai: bool = Field(True, description="obey X-Robots-Tag: noai, noimageai, noindex, noimageindex")
     user_agent: str = Field(
@@ -168,6 +175,7 @@ class Trip:
     host: str = ""
     requests: int = 0
     received: int = 0
+    held: float = 0.0  # seconds in which others' bodies left no room for its own
 
 
 class Buffers:
@@ -181,9 +189,13 @@ class Buffers:
     async def take(self, trip: Trip, size: int) -> None:
         self._held.setdefault(trip, 0)
         while self._total + size > self._limit and next(iter(self._held)) is not trip:
-            freed = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            freed, started = loop.create_future(), loop.time()
             self._waiting.append(freed)
-            await freed
+            try:
+                await freed
+            finally:
+                trip.held += loop.time() - started
         self._held[trip] += size
         self._total += size
 
@@ -297,22 +309,25 @@ class Fetcher:
 
     async def _request(self, url: URL, host: Host, trip: Trip, want: Want) -> bytes | str | None:
         clock = asyncio.get_running_loop().time
-        started, answered = clock(), False
+        started = clock()
         trip.requests += 1
         try:
             async with asyncio.timeout(trip.left), self._session.get(url, allow_redirects=False) as response:
-                answered = True
                 wait = self._asks_to_wait(response)
                 if wait is not None:
                     host.refused(f"http_{response.status}", wait)
                     return None
-                host.answered()
-                if response.status in REDIRECTS and (location := response.headers.get("Location")):
-                    return location
-                return await self._body(response, trip, want)
+                location = response.headers.get("Location") if response.status in REDIRECTS else None
+                found = location or await self._body(response, trip, want)
+                host.answered()  # not before the body came: a host may stall after its headers
+                return found
+        except Unfetched:  # an answer that is of no use is one all the same
+            host.answered()
+            raise
         except tuple(kind for kind, _ in ERRORS) as error:
             reason = next(reason for kind, reason in ERRORS if isinstance(error, kind))
-            if not answered and reason in UNREACHABLE:
+            had_time = clock() - started - trip.held >= FAIR * self.settings.deadline
+            if reason in UNREACHABLE and (had_time or reason != "timeout"):
                 host.unreachable(reason)
             raise Unfetched(reason) from None
         finally:

@@ -1,37 +1,39 @@
 import asyncio
-import shutil
 import ssl
-import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from hostile import CANARY, FIXED, GUARD, HTML, IMAGE, SERVER, Names, Server, slow_body
+from hostile import (
+    CANARY,
+    EXPECTED,
+    FIXED,
+    HTML,
+    IMAGE,
+    SERVER,
+    Names,
+    Server,
+    forget_peak,
+    guarded_server,
+    peak_mb,
+    self_signed,
+    slow_body,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hpc_mm.data import connections, web
+from hpc_mm.data.politeness import PATIENCE
 from hpc_mm.data.web import Buffers, Fetcher, Outcome, Trip, Web
 
 DEADLINE = 2.0  # seconds
 LONG = 6.0  # where 340 servers are asked at once, on a machine that may be busy
-
-
-@contextmanager
-def guarded_server() -> Iterator[Server]:
-    server = Server()
-    with GUARD.watching() as guard:
-        yield server
-    server.close()
-    assert guard.elsewhere == []
-    assert server.peers[CANARY] == 0
 
 
 @pytest.fixture
@@ -63,61 +65,6 @@ def with_fetcher(action: Callable[[Fetcher], Awaitable[None]], names: Names | No
 
 
 # ---------------------------------------------------------------- hostile servers
-
-EXPECTED = {
-    "ok": ("ok", "ok"),
-    "html": ("ok", "ok"),
-    "to_ok": ("ok", "ok"),
-    "unasked": ("ok", "ok"),
-    "slow_body": ("retry", "timeout"),
-    "slow_headers": ("retry", "timeout"),
-    "silent": ("retry", "timeout"),
-    "endless": ("poison", "too_large"),
-    "endless_chunks": ("poison", "too_large"),
-    "says_much": ("poison", "too_large"),
-    "says_nonsense": ("poison", "malformed"),
-    "says_twice": ("poison", "malformed"),
-    "many_headers": ("poison", "malformed"),
-    "long_header": ("poison", "malformed"),
-    "garbage": ("poison", "malformed"),
-    "upgrade": ("poison", "http_101"),
-    "empty": ("poison", "empty"),
-    "no_content": ("poison", "http_204"),
-    "gzip": ("poison", "encoded"),
-    "loop": ("poison", "redirects"),
-    "to_file": ("poison", "bad_url"),
-    "to_user": ("poison", "bad_url"),
-    "to_nowhere": ("poison", "http_302"),
-    "to_loopback": ("blocked", "address"),
-    "to_decimal": ("blocked", "address"),
-    "to_mapped": ("blocked", "address"),
-    "to_metadata": ("blocked", "address"),
-    "many_continues": ("retry", "connection"),
-    "half_closed": ("retry", "connection"),
-    "cut_chunk": ("retry", "connection"),
-    "storm": ("retry", "http_429"),
-    "storm_without": ("retry", "http_429"),
-    "later": ("retry", "http_503"),
-    "noai": ("blocked", "noai"),
-    "status_403": ("blocked", "http_403"),
-    "status_451": ("blocked", "http_451"),
-    "status_404": ("gone", "http_404"),
-    "status_410": ("gone", "http_410"),
-    "status_418": ("gone", "http_418"),
-    "status_408": ("retry", "http_408"),
-    "status_500": ("retry", "http_500"),
-    "status_503": ("retry", "http_503"),
-}
-
-
-def peak_mb() -> float:
-    """The most memory since ``forget_peak``."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1000
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def test_every_hostile_server_is_left_within_the_deadline() -> None:
@@ -294,13 +241,7 @@ def test_a_burst_of_dead_hosts_costs_one_lookup_each(server: Server) -> None:
 
 
 def test_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl makes the certificate")
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=tls.test"]
-    words += ["-addext", "subjectAltName=DNS:tls.test", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([openssl, *words], check=True, capture_output=True)
+    certificate, key = self_signed(tmp_path)
     server = Server(certificate, key)
     urls = [f"https://{name}.test:{server.port}/ok" for name in ("tls", "other")]
     try:
@@ -344,19 +285,47 @@ def test_a_paused_host_is_not_asked_for_its_other_urls(server: Server) -> None:
     assert server.requests["busy.test/ok"] == 0
 
 
-def test_a_dead_host_is_soon_left_alone(server: Server) -> None:
-    """A thousand URLs of a host that does not answer take a few deadlines, not a thousand."""
+@pytest.mark.parametrize("page", ["silent", "slow_headers", "slow_body", "half_closed"])
+def test_a_dead_host_is_soon_left_alone(server: Server, page: str) -> None:
+    """A thousand URLs of a host that does not answer, or not to the end, take a few deadlines, not a thousand."""
 
     async def dead(fetcher: Fetcher) -> None:
         started = time.monotonic()
         outcomes = await asyncio.gather(
-            *(fetcher.fetch(f"http://dead.test:{server.port}/silent?{n}") for n in range(1000))
+            *(fetcher.fetch(f"http://dead.test:{server.port}/{page}?{n}") for n in range(1000))
         )
-        assert {outcome.reason for outcome in outcomes} == {"timeout"}
+        assert {outcome.reason for outcome in outcomes} == {"connection" if page == "half_closed" else "timeout"}
         assert sum(outcome.requests for outcome in outcomes) < 50
         assert time.monotonic() - started < 10
 
     with_fetcher(dead, deadline=0.3, robots=False)
+
+
+def test_a_slow_body_among_good_ones_is_no_reason_to_leave_a_host_alone(server: Server) -> None:
+    async def mixed(fetcher: Fetcher) -> None:
+        for turn in range(2):
+            pages = ["slow_body"] * (PATIENCE - 1) + ["ok"]
+            urls = [f"http://large.test:{server.port}/{page}?{turn}{n}" for n, page in enumerate(pages)]
+            outcomes = await asyncio.gather(*map(fetcher.fetch, urls[:-1]))
+            assert {outcome.reason for outcome in outcomes} == {"timeout"}
+            assert (await fetcher.fetch(urls[-1])).reason == "ok"
+            assert all(outcome.requests == 1 and outcome.retry_at is None for outcome in outcomes)
+
+    with_fetcher(mixed, deadline=1.5, robots=False)
+
+
+def test_a_host_is_not_blamed_for_time_that_others_took(server: Server) -> None:
+    """Eight redirects that take most of the deadline lead to a host that has too little left to answer."""
+    starts = [f"http://h{number}.test:{server.port}/late_redirect" for number in range(8)]
+
+    async def last_moment(fetcher: Fetcher) -> None:
+        outcomes = await asyncio.gather(*map(fetcher.fetch, starts))
+        assert {(outcome.reason, outcome.host, outcome.requests) for outcome in outcomes} == {
+            ("timeout", "silent.test", 2)
+        }
+        assert (await fetcher.fetch(f"http://silent.test:{server.port}/ok")).requests == 1
+
+    with_fetcher(last_moment, deadline=3, robots=False, host_connections=8)
 
 
 def test_connections_to_one_host_are_bounded(server: Server) -> None:
@@ -470,6 +439,7 @@ def test_when_buffers_are_full_the_oldest_goes_on() -> None:
 
         await asyncio.wait_for(asyncio.gather(read("old", old), read("new", new)), 10)
         assert buffers._total == 0
+        assert new.held > 0 == old.held
         return order
 
     assert asyncio.run(share()) == ["old", "new"]
