@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.fft import dct
 
 from hpc_mm.config import ConfigError
 from hpc_mm.data.pictures import TRANSPOSE, as_rgb, opened_picture, orientation
@@ -26,6 +25,8 @@ def perceptual_hash(data: bytes) -> int:
     As ``phash`` of the imagehash library, of the upright picture on white; its hex is ``f"{value:016x}"``.
     UnreadableImage where the bytes are no picture. Safe with threads.
     """
+    from scipy.fft import dct  # half of the start of every task that needs none of this
+
     with opened_picture(data) as image:
         grey = as_rgb(image).convert("L") if image.mode != "L" else image
         turn = orientation(image)
