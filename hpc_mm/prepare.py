@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hpc_mm import pack
-from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown, with_overrides
+from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown, validated, with_overrides
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.recode import Recode
 from hpc_mm.data.schema import image_key
@@ -56,6 +56,12 @@ class Preparation(pack.Packing):
         if folder.endswith("/"):  # out is a whole bucket
             folder = out
         return {**values, "images": values.get("images") or f"{folder}/images"}
+
+    @model_validator(mode="after")
+    def a_task_is_of_one_stage(self) -> Preparation:
+        if self.task is not None and self.stage == "all":
+            raise ValueError(f"task={self.task} is of one stage: give stage={' or stage='.join(SHARED)} too")
+        return self
 
     @field_validator("retry")
     @classmethod
@@ -186,9 +192,11 @@ def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, 
 
 def script_words(words: Sequence[str], options: Preparation) -> list[str]:
     """This command again, for one stage and task of it here; addresses whole, since jobs run in another folder."""
-    gone = {"stage", "task", "cluster", "source", "out", "images"}
+    gone = {"stage", "task", "cluster", "source", "out", "images", "filters.against"}
     kept = [word for word in words if word.partition("=")[0] not in gone]
     places = [f"{key}={whole(getattr(options, key))}" for key in ("source", "out", "images")]
+    if options.filters.against:
+        places.append(f"filters.against={','.join(map(whole, options.filters.against))}")
     return [f"data_prep/{Path(sys.argv[0]).name}", "cluster=local", *places, *kept]
 
 
@@ -223,12 +231,15 @@ def main(
 def read_options(kind: type[Any], words: Sequence[str]) -> Any:
     """The options, checked; every key may be nested with dots."""
     values = parse_arguments(words)
+    for name in values:
+        if name.partition(".")[0] not in kind.model_fields:  # before what it leaves out is missed
+            raise unknown("key", name, kind.model_fields)
     required = [name for name, field in kind.model_fields.items() if field.is_required()]
     for name in required:
         if name not in values:
             raise ConfigError(f"{name}=... is missing: {kind.model_fields[name].description}")
     given = {name: values.pop(name) for name in required}
-    return with_overrides(kind(**given, slurm=Slurm.model_validate(read_site().slurm)), values)
+    return with_overrides(kind(**given, slurm=validated(Slurm, read_site().slurm)), values)
 
 
 def first_part(options: Preparation) -> tuple[Store, pack.SourcePart]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import boto3
 import pytest
+import samples
 from checkout import ROOT, environment
 from fault_proxy import fault_proxy
 from image_server import ImageServer, image_server
-from jobs import wait
+from jobs import start_now, wait
 from scripts import plainly_read
 
 from hpc_mm.config import ConfigError
@@ -58,10 +60,9 @@ def write_source(folder: Path, records: list[dict], copies: int) -> Path:
     return folder
 
 
-def prepared(values: dict[str, str], *words: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "data_prep/omnicorpus.py", *WEB, *words], cwd=ROOT, env=values, capture_output=True, text=True
-    )
+def prepared(values: dict[str, str], *words: str, script: str = "omnicorpus") -> str:
+    command = [sys.executable, f"data_prep/{script}.py", *words]
+    result = subprocess.run(command, cwd=ROOT, env=values, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -82,6 +83,7 @@ def test_a_slurm_array_of_which_tasks_are_killed(
         **{key: value for key, value in os.environ.items() if key.startswith("AWS_")},
     }
     words = [
+        *WEB,
         f"source={source}",
         "shard_mb=1",
         "part_urls=20",
@@ -120,6 +122,70 @@ def test_a_slurm_array_of_which_tasks_are_killed(
     assert {"sha256", "original-size"} <= set(boto3.client("s3").head_object(Bucket=bucket, Key=key)["Metadata"])
 
 
+@pytest.fixture
+def pairs(tmp_path: Path) -> Iterator[tuple[ImageServer, Path]]:
+    """Nine files, of eight captions each, and the server of their images, which are two on each of its eight hosts."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "0.jpg").write_bytes(samples.encoded(samples.picture(0)))
+    (tmp_path / "in").mkdir()
+    with image_server(tmp_path / "pictures") as server:
+        for number in range(9):
+            rows = [{"url": server.url(8 * number + i), "caption": f"{number} {i}"} for i in range(8)]
+            (tmp_path / "in" / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        yield server, tmp_path / "in"
+
+
+WARNINGS = ["a signal", pytest.param("the time limit", marks=pytest.mark.chaos)]
+
+
+@pytest.mark.parametrize("warning", WARNINGS)
+def test_a_task_near_its_end_goes_back_into_the_queue(
+    slurm: None, pairs: tuple[ImageServer, Path], tmp_path: Path, warning: str
+) -> None:
+    """Of more tasks than an array takes: the stages after it wait for all of both arrays."""
+    server, source = pairs
+    rate = 2 if warning == "a signal" else 0.05  # of a host's nine URLs a second: 5 s, or 3 minutes of the 4
+    words = [f"source={source}", "web.allow=127.0.0.0/8", "part_urls=9", "slurm.cpus_per_task=1", "slurm.memory=500M"]
+    values = environment(ROOT, tmp_path)
+    prepared(values, *words, f"out={tmp_path}/quiet/out", "cluster=local", script="cc3m")
+    server.requests()
+    words += [f"out={tmp_path}/array/out", "tasks=9", "slurm.time=4", f"web.host_rate={rate}", "web.host_connections=1"]
+    said = prepared(values, *words, "cluster=slurm", "name=pairs", script="cc3m")
+    jobs = {line.split()[1].rstrip(":"): line.split()[3:] for line in said.splitlines() if line.startswith("submitted")}
+    assert [len(numbers) for numbers in jobs.values()] == [1, 2, 2, 1], "8 tasks and 1"
+    assert wait(jobs["plan"][0]) == "COMPLETED"
+    task = f"{jobs['fetch'][0].rstrip(',')}_0"
+    while not server.requests():
+        time.sleep(0.1)
+    if warning == "a signal":
+        subprocess.run(["scancel", "--batch", "--signal=USR2", task], check=True)
+    start_now(task, seconds=240)
+    assert wait(jobs["verify"][0], seconds=600) == "COMPLETED", said
+    log = (tmp_path / "runs/prepare-pairs/submissions/001" / f"fetch-{task}.log").read_text()
+    assert "fetched " in log.rpartition("DUE TO JOB REQUEUE")[2] and "fetched " not in log.partition("REQUEUE")[0]
+    assert everything(f"{tmp_path}/array/out") == everything(f"{tmp_path}/quiet/out")
+    assert len(list((tmp_path / "array/images").iterdir())) == 72
+
+
+def test_the_hand_written_script_runs_a_stage(slurm: None, pairs: tuple[ImageServer, Path], tmp_path: Path) -> None:
+    _, source = pairs
+    places = [f"source={source}", f"out={tmp_path}/out", f"images={tmp_path}/images"]
+    values = environment(ROOT, tmp_path, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    open_store(f"{tmp_path}/images", make=True)
+    command = ["sbatch", "--parsable", "--cpus-per-task=1", "--mem=500M", f"--output={tmp_path}/%a.log", "--array=0-2"]
+    command += ["sbatch/data_prep.sbatch", "data_prep/cc3m.py", *places]
+    job = subprocess.check_output([*command, "tasks=3", "stage=pack"], cwd=ROOT, env=values, text=True).strip()
+    wait(job)
+    logs = [(tmp_path / f"{task}.log").read_text() for task in range(3)]
+    assert [re.findall(r"^(\d).jsonl: 8 records", log, re.MULTILINE) for log in logs] == [
+        list("036"),
+        list("147"),
+        list("258"),
+    ]
+    job = subprocess.check_output([*command, "tasks=3"], cwd=ROOT, env=values, text=True).strip()
+    assert wait(job) == "FAILED" and "task=0 is of one stage" in (tmp_path / "0.log").read_text()
+
+
 def state(job: str) -> str:
     return subprocess.run(["squeue", "-h", "-r", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout
 
@@ -144,7 +210,7 @@ def test_a_store_that_fails_at_times_loses_nothing(
 ) -> None:
     _, records = real
     source = write_source(tmp_path / "in", records, 4)
-    words = [f"source={source}", "cluster=local", "shard_mb=1"]
+    words = [*WEB, f"source={source}", "cluster=local", "shard_mb=1"]
     prepared(dict(os.environ), *words, f"out={ceph}/peaceful/documents")
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], seed=3) as (address, counts):
         said = prepared({**os.environ, "AWS_ENDPOINT_URL": address}, *words, f"out={ceph}/faulty/documents")
