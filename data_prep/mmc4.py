@@ -24,8 +24,8 @@ class Mmc4(prepare.Preparation):
         0.24, description="images less similar to their sentence are left out; 0 keeps all"
     )
 
-    def needed_columns(self) -> list[str]:
-        return ["text_list", "image_info", "similarity_matrix"]
+    def forms(self) -> list[list[str]]:
+        return [["text_list", "image_info", "similarity_matrix"]]
 
 
 def urls(record: Record, options: Mmc4) -> list[str]:

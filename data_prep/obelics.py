@@ -15,8 +15,8 @@ from hpc_mm.data.schema import Sample
 
 
 class Obelics(prepare.Documents):
-    def needed_columns(self) -> list[str]:
-        return ["images", "texts"]
+    def forms(self) -> list[list[str]]:
+        return [["images", "texts"]]
 
 
 def urls(record: Record, options: Obelics) -> list[str]:

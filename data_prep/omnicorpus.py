@@ -23,6 +23,9 @@ class OmniCorpus(prepare.Documents):
         11_000, ge=0, description="smaller image files of documents with similarities are left out"
     )
 
+    def forms(self) -> list[list[str]]:
+        return [["images", "texts"], ["sentences", "images_info", "matrix"]]
+
     def smallest(self, record: Record) -> int:
         return max(self.min_image_bytes, self.min_placed_image_bytes if has_matrix(record) else 0)
 

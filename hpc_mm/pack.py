@@ -51,8 +51,8 @@ class Packing(Part):
     def column_names(self) -> list[str]:
         return [name for name in self.columns.split(",") if name]
 
-    def needed_columns(self) -> list[str]:
-        """Columns without which a file is not of this corpus."""
+    def forms(self) -> list[list[str]]:
+        """The columns of each form of record; a file that has not all of one is not of this corpus. None: any has."""
         return []
 
     def parts(self) -> tuple[Store, list[SourcePart]]:
@@ -64,9 +64,9 @@ class Packing(Part):
         return read_records(store, part.key, self.column_names())
 
     def check(self, store: Store, part: SourcePart) -> None:
-        """WrongColumns if a part has not those that are needed."""
-        if self.needed_columns():
-            check_columns(store, part.key, self.needed_columns(), self.column_names())
+        """WrongColumns if a part has not those of any form."""
+        if self.forms():
+            check_columns(store, part.key, self.forms(), self.column_names())
 
     def key(self, name: str) -> str:
         """Where an image that a record names lies in the store of images."""

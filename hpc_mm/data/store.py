@@ -126,11 +126,11 @@ class FolderStore:
         return data
 
     def write(self, key: str, data: bytes, metadata: Mapping[str, str] = NONE) -> None:
-        with written_aside(self._path(key)) as part:
+        with told(self._path(key)), written_aside(self._path(key)) as part:
             part.write_bytes(data)
 
     def upload(self, key: str, path: Path) -> None:
-        with written_aside(self._path(key)) as part:
+        with told(self._path(key)), written_aside(self._path(key)) as part:
             shutil.copyfile(path, part)
 
     def download(self, key: str, path: Path) -> None:
@@ -187,6 +187,15 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What a disk says while a file is written (no space left, ...) as ConfigError with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextmanager

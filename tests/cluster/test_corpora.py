@@ -194,6 +194,46 @@ def test_the_hand_written_script_runs_a_stage(slurm: None, pairs: tuple[ImageSer
     assert done == [list("02468"), list("1357")]
 
 
+def test_a_bucket_without_permission(
+    ceph: str,
+    stranger: dict[str, str],
+    pairs: tuple[ImageServer, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, exit code 2; once the bucket's owner gives the right, the same command completes."""
+    _, source = pairs
+    store = open_store(f"{ceph}/forbidden/in")
+    for file in source.iterdir():
+        store.upload(file.name, file)
+    here = {"source": str(source), "out": f"{tmp_path}/out", "images": f"{tmp_path}/images"}
+    there = {"source": store.address, "out": f"{ceph}/forbidden/out", "images": f"{ceph}/forbidden/images"}
+    words = [*WEB, "cluster=local"]
+    prepared(dict(os.environ), *words, *words_of(here), script="cc3m")
+    owner = boto3.client("s3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, stranger[name])
+    for place, address in there.items():
+        places = {**here, "out": f"{tmp_path}/{place}/out", place: address}
+        command = [sys.executable, "data_prep/cc3m.py", *words, *words_of(places)]
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert address in refused.stderr and "access is denied to these credentials" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    bucket = ceph.removeprefix("s3://")
+    right: dict[str, object] = {"Effect": "Allow", "Action": "s3:*"}
+    right["Principal"] = {"AWS": [f"arn:aws:iam:::user/{stranger['name']}"]}
+    right["Resource"] = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
+    owner.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [right]}))
+    prepared(dict(os.environ), *words, *words_of(there), script="cc3m")
+    assert everything(there["out"]) == everything(here["out"])
+    owner.delete_bucket_policy(Bucket=bucket)
+
+
+def words_of(places: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in places.items()]
+
+
 def state(job: str) -> str:
     return subprocess.run(["squeue", "-h", "-r", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout
 
