@@ -25,7 +25,6 @@ class MultiToken(Chats):
         return [["messages"]]
 
 
-
 def urls(record: Record, options: Chats) -> list[str]:
     for name in OTHER_MEDIA:
         if record.get(name):

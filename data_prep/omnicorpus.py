@@ -1,6 +1,6 @@
 """OmniCorpus (arXiv 2406.08418): documents of the web, 988M of Common Crawl with 3.3 images and 757 tokens each.
 
-    python data_prep/omnicorpus.py source=OmniCorpus-CC/ images=s3://images out=s3://corpora/omnicorpus tasks=512 task=0
+    python data_prep/omnicorpus.py source=OmniCorpus-CC/ images=s3://images out=s3://corpora/omnicorpus tasks=512
 
 ``source`` holds the parquet files of OpenGVLab/OmniCorpus-CC (or -CC-210M), or the same as JSON lines. The documents
 with similarities (``sentences``, ``matrix``, ``images_info``) are placed by them, and their images under 11,000

@@ -136,7 +136,7 @@ def queue(options: Preparation, stages: Sequence[str], words: Sequence[str]) -> 
 def check_time(time: str) -> None:
     if 0 < slurm.minutes(time) <= LEAST_MINUTES:  # 0 is Slurm's word for no limit
         raise ConfigError(
-            f"slurm.time={time} leaves no time to work, since a task goes back into the queue {WARNING} s before its end: "
+            f"slurm.time={time} leaves no time to work: a task goes back into the queue {WARNING} s before its end; "
             f"give more than {LEAST_MINUTES} minutes"
         )
 

@@ -20,7 +20,7 @@ from hpc_mm.data.records import ENDINGS, DamagedFile, WrongColumns, check_column
 from hpc_mm.data.schema import Sample, image_key
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.sources import open_source
-from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
+from hpc_mm.data.store import MissingKey, Store, StoreError, open_store, refuse_if_down
 
 STATS = "stats.json"  # counts of the whole corpus
 PARTS = "parts"  # folder of the done markers, one per source file
@@ -152,10 +152,6 @@ def kept_options(options: Packing) -> dict[str, Any]:
 # ---------------------------------------------------------------- one part
 
 
-class StoreDown(Exception):
-    """The store of images does not answer; the message is what it was asked and for how long."""
-
-
 def fetch(store: Store, key: str, smallest: int) -> bytes | str:
     """The image, or why it is left out. A store that fails altogether raises: the part is then done another time."""
     try:
@@ -172,10 +168,7 @@ def read_twice(store: Store, key: str) -> bytes:
     try:
         return store.read(key)
     except StoreError:
-        try:
-            store.size(image_key(""))  # whether it is there or not
-        except StoreError as error:
-            raise StoreDown(str(error)) from error
+        refuse_if_down(store)
         return store.read(key)
 
 

@@ -21,7 +21,7 @@ from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.recode import Recode
 from hpc_mm.data.schema import image_key
-from hpc_mm.data.store import MissingKey, Store, StoreError, checked, open_store
+from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, checked, open_store
 from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
 from hpc_mm.data.web import MEANING, NOT_AN_IMAGE, Web
 from hpc_mm.deadline import die_with_parent
@@ -223,7 +223,7 @@ def main(
                 pack.check_first(options, *first_part(options))
             return queue(options, stages, script_words(words, options))
         return run_here(stages, words, options, Corpus(urls, arrange))
-    except (ConfigError, StoreError, MissingKey, pack.StoreDown, OSError) as error:  # OSError: of disks
+    except (ConfigError, StoreError, MissingKey, StoreDown, OSError) as error:  # OSError: of disks
         print(error, file=sys.stderr)
         return 2
 

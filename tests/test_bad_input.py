@@ -193,9 +193,7 @@ def test_more_texts_than_images(name: str, places: dict[str, Path], capsys: pyte
 
 @pytest.mark.parametrize("name", [*RECORDS, *BENCHMARKS])
 @pytest.mark.parametrize("empty", ["a folder", "a file", "a list"])
-def test_an_empty_source(
-    name: str, empty: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_source(name: str, empty: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     if name in RECORDS:
         path = places["source"] / RECORDS[name][3]
         nothing = "[]" if path.suffix == ".json" and empty == "a list" else ""

@@ -31,6 +31,10 @@ class StoreError(Exception):
     """The store did not give or take whole bytes within the deadline; the message names the key."""
 
 
+class StoreDown(Exception):
+    """A store does not answer at all; the message is what it was asked and for how long."""
+
+
 @dataclass(frozen=True)
 class Entry:
     key: str
@@ -80,6 +84,14 @@ def open_store(address: str, deadline: float = DEADLINE, make: bool = False) -> 
     from hpc_mm.data.s3 import S3Store  # boto3 takes longer to import than the rest of a launch
 
     return S3Store(bucket, prefix.strip("/"), deadline)
+
+
+def refuse_if_down(store: Store) -> None:
+    """After a StoreError about a key: StoreDown where the store does not even say whether another is there."""
+    try:
+        store.size("index.json")
+    except (StoreError, OSError) as error:
+        raise StoreDown(f"the store does not answer: {error}") from error
 
 
 def checked(key: str) -> str:

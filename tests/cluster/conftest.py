@@ -61,12 +61,12 @@ def ceph() -> Iterator[str]:
 def stranger(ceph: str) -> Iterator[dict[str, str]]:
     """The keys of another user of Ceph, who has no rights on anything."""
     name = f"stranger-{uuid.uuid4().hex[:8]}"
-    admin = ["radosgw-admin", f"--conf={FOLDER}/ceph/ceph.conf", "user"]
-    made = subprocess.run([*admin, "create", f"--uid={name}", "--display-name=stranger"], capture_output=True, text=True)
+    admin = ["radosgw-admin", f"--conf={FOLDER}/ceph/ceph.conf", f"--uid={name}", "user"]
+    made = subprocess.run([*admin, "create", "--display-name=stranger"], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     key = json.loads(made.stdout)["keys"][0]
     yield {"AWS_ACCESS_KEY_ID": key["access_key"], "AWS_SECRET_ACCESS_KEY": key["secret_key"], "name": name}
-    subprocess.run([*admin, "rm", f"--uid={name}", "--purge-data"], check=True, capture_output=True)
+    subprocess.run([*admin, "rm", "--purge-data"], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")

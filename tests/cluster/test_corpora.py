@@ -20,8 +20,8 @@ from jobs import start_now, wait
 from scripts import plainly_read
 
 from hpc_mm.config import ConfigError
-from hpc_mm.data.schema import image_key
-from hpc_mm.data.shards import check_shards, read_manifest
+from hpc_mm.data.schema import Sample, Text, image_key
+from hpc_mm.data.shards import ShardWriter, check_shards, read_manifest
 from hpc_mm.data.store import open_store
 
 WEB = ["web.allow=127.0.0.0/8", "web.host_rate=0"]
@@ -146,7 +146,7 @@ def test_a_task_near_its_end_goes_back_into_the_queue(
     slurm: None, pairs: tuple[ImageServer, Path], tmp_path: Path, warning: str
 ) -> None:
     server, source = pairs
-    rate = 2 if warning == "a signal" else 0.03  # of a host's nine URLs a second: 4 s, or 5 minutes of a job's 4
+    rate = 2 if warning == "a signal" else 0.05  # of a host's nine URLs a second: 4 s, or 160 s, of which a job has 120
     words = [*WEB[:1], f"source={source}", "slurm.cpus_per_task=1", "slurm.memory=500M", "slurm.time=4"]
     values = environment(ROOT, tmp_path)
     prepared(values, *words, f"out={tmp_path}/quiet/out", "web.host_rate=0", "cluster=local", script="cc3m")
@@ -161,7 +161,7 @@ def test_a_task_near_its_end_goes_back_into_the_queue(
         subprocess.run(["scancel", "--batch", "--signal=USR2", task], check=True)
     start_now(task, seconds=200)
     assert wait(jobs["verify"][0], seconds=600) == "COMPLETED"
-    first, again = (tmp_path / f"runs/prepare-pairs/submissions/001/fetch-{task}.log").read_text().split("REQUEUE")
+    first, *_, again = (tmp_path / f"runs/prepare-pairs/submissions/001/fetch-{task}.log").read_text().split("REQUEUE")
     assert "fetched " in again and "fetched " not in first
     assert everything(f"{tmp_path}/out") == everything(f"{tmp_path}/quiet/out")
     assert len(list((tmp_path / "images").iterdir())) == 72
@@ -188,7 +188,8 @@ def test_the_hand_written_script_runs_a_stage(slurm: None, pairs: tuple[ImageSer
     values = environment(ROOT, tmp_path, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     command = ["sbatch", "--parsable", "--cpus-per-task=1", "--mem=500M", f"--output={tmp_path}/%a.log", "--array=0-1"]
     command += ["sbatch/data_prep.sbatch", "data_prep/cc3m.py", f"source={source}", f"out={tmp_path}/out", "tasks=2"]
-    assert wait(subprocess.check_output([*command, "stage=pack"], cwd=ROOT, env=values, text=True).strip()) == "COMPLETED"
+    job = subprocess.check_output([*command, "stage=pack"], cwd=ROOT, env=values, text=True).strip()
+    assert wait(job) == "COMPLETED"
     logs = [(tmp_path / f"{task}.log").read_text() for task in range(2)]
     done = [re.findall(r"^(\d).jsonl: 8 records", log, re.MULTILINE) for log in logs]
     assert done == [list("02468"), list("1357")]
@@ -267,3 +268,20 @@ def test_a_store_that_fails_at_times_loses_nothing(
     assert everything(f"{ceph}/faulty/documents") == everything(f"{ceph}/peaceful/documents")
     names = [{entry.key for entry in open_store(f"{ceph}/{kind}/images").list()} for kind in ("faulty", "peaceful")]
     assert names[0] == names[1] and len(names[0]) == 128
+
+
+@pytest.mark.chaos
+def test_lint_of_a_store_that_goes_away_ends(ceph: str, tmp_path: Path) -> None:
+    with ShardWriter(open_store(f"{ceph}/linted"), "part") as writer:
+        for number in range(3000):
+            writer.add(Sample(f"s{number:04d}", (Text("a"),)))
+    command = [sys.executable, "-m", "hpc_mm.lint", f"shards={ceph}/linted", f"out={tmp_path}", "reads=4"]
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], seed=3) as (address, counts):
+        values = {**os.environ, "AWS_ENDPOINT_URL": address}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        lint = subprocess.Popen(command, cwd=ROOT, env=values, **pipes)
+        while counts["served"] < 200:
+            time.sleep(0.01)
+    said, error = lint.communicate(timeout=200)  # a read and the question whether the store is there: a minute each
+    assert lint.returncode == 2 and not said
+    assert error.startswith("the store does not answer: ") and error.count("\n") == 1
