@@ -152,11 +152,22 @@ def findings(store: Store, manifest: Shards, options: Lint, tokens: Tokens) -> I
     reader = ShardReader(store)
     places = list(chosen(manifest, options.samples))
     pictured = {round(i * (len(places) - 1) / PICTURED) for i in range(PICTURED)}
+    gone: list[StoreDown] = []  # then nothing more is asked for, as every question takes a minute
+
+    def looked(place: tuple[str, int], show: bool) -> Finding:
+        if gone:
+            raise gone[0]
+        try:
+            return look(reader, *place, tokens, show)
+        except StoreDown as error:
+            gone.append(error)
+            raise
+
     threads = ThreadPoolExecutor(options.reads, "lint")
     try:
         for start in range(0, len(places), AHEAD * options.reads):
             numbered = enumerate(places[start : start + AHEAD * options.reads], start)
-            waiting = [threads.submit(look, reader, *place, tokens, number in pictured) for number, place in numbered]
+            waiting = [threads.submit(looked, place, number in pictured) for number, place in numbered]
             yield from (future.result() for future in waiting)
     finally:
         threads.shutdown(cancel_futures=True)

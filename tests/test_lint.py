@@ -121,7 +121,7 @@ def test_a_store_that_goes_away_is_no_broken_sample(tmp_path: Path) -> None:
     found = findings(store, read_manifest(store), Lint(reads=4), len)
     with pytest.raises(StoreDown, match=r"the store does not answer: index.json: failed for 60 s"):
         assert all(finding.readable for finding in found)
-    assert next(Dying.asked) < 100, "nothing more is asked for"
+    assert next(Dying.asked) <= 24, "nothing more is asked for"
 
 
 def test_a_folder_that_goes_away(tmp_path: Path) -> None:

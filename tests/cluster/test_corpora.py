@@ -270,18 +270,27 @@ def test_a_store_that_fails_at_times_loses_nothing(
     assert names[0] == names[1] and len(names[0]) == 128
 
 
+DYING = """
+import os, sys, time
+from fault_proxy import fault_proxy
+with fault_proxy(sys.argv[1], seed=3) as (address, counts):
+    print(address, flush=True)
+    while counts["served"] < 200:
+        time.sleep(0.01)
+    os._exit(0)
+"""
+
+
 @pytest.mark.chaos
 def test_lint_of_a_store_that_goes_away_ends(ceph: str, tmp_path: Path) -> None:
     with ShardWriter(open_store(f"{ceph}/linted"), "part") as writer:
         for number in range(3000):
             writer.add(Sample(f"s{number:04d}", (Text("a"),)))
-    command = [sys.executable, "-m", "hpc_mm.lint", f"shards={ceph}/linted", f"out={tmp_path}", "reads=4"]
-    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], seed=3) as (address, counts):
-        values = {**os.environ, "AWS_ENDPOINT_URL": address}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        lint = subprocess.Popen(command, cwd=ROOT, env=values, **pipes)
-        while counts["served"] < 200:
-            time.sleep(0.01)
-    said, error = lint.communicate(timeout=200)  # a read and the question whether the store is there: a minute each
-    assert lint.returncode == 2 and not said
-    assert error.startswith("the store does not answer: ") and error.count("\n") == 1
+    gateway = [sys.executable, "-c", DYING, os.environ["AWS_ENDPOINT_URL"]]
+    lint = [sys.executable, "-m", "hpc_mm.lint", f"shards={ceph}/linted", f"out={tmp_path}", "reads=4"]
+    with subprocess.Popen(gateway, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True) as dying:
+        assert dying.stdout is not None
+        values = {**os.environ, "AWS_ENDPOINT_URL": dying.stdout.readline().strip()}
+        ended = subprocess.run(lint, cwd=ROOT, env=values, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 2 and not ended.stdout
+    assert ended.stderr.startswith("the store does not answer: ") and ended.stderr.count("\n") == 1
