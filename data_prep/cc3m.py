@@ -6,7 +6,7 @@
 
 ``source`` is CC3M's table as published (caption, then URL, no header), one of other ``columns``, parquet or JSON lines.
 The third command reads FROMAGe's table of captions and names of image files in a folder. Google allows any use of the
-tables; the images belong to their owners.
+tables (as its page says; check); the images belong to their owners.
 """
 
 import sys

@@ -4,9 +4,10 @@
 
 ``source`` is a JSON list of one of three forms; its images are file names, URLs, lists of these, or null:
 answers to learn from (question, image_url, response, output_image_url); pairs of them (input_text, input_image,
-better_text, better_img, worse_text, worse_img); a question and two answers with labels, whose fields can be named.
-Images stand before the text that they came with, as in the published tokenisation. All other fields are kept as
-metadata. CC-BY-NC-4.0; 162 MB and 28 GB of images.
+better_text, better_img, worse_text, worse_img); a question (question, image_url) and two judged answers (response_1,
+output_image_url_1, response_2, output_image_url_2). These are the fields that align-anything's own code reads; which
+one holds the judgement differs among its sets (``better``). Images stand before the text that they came with, as in the
+published tokenisation. All other fields are kept as metadata. CC-BY-NC-4.0; 162 MB and 28 GB of images.
 """
 
 import sys
@@ -36,6 +37,10 @@ class Chameleon(Chats):
     image_2: str = Field("output_image_url_2", description="field of its images")
     better: str = Field("overall_response", description="field that says which is better: 1 or 2")
 
+    def forms(self) -> list[list[str]]:
+        known = [[text for _, text, _ in form] for form in (PAIRS, ANSWERS)]
+        return [*known, ["question", self.text_1, self.text_2, self.better]]
+
 
 def form(record: Record, options: Chameleon) -> Form:
     """Which fields of a record become which parts."""
@@ -44,12 +49,12 @@ def form(record: Record, options: Chameleon) -> Form:
             return known
     if options.better not in record:
         raise BrokenRecord("it has the fields of none of the three forms")
-    better = record[options.better]
-    if better not in (1, 2):
+    better = str(record[options.better])
+    if better not in ("1", "2"):
         raise BrokenRecord(f"{options.better} is neither 1 nor 2")
-    roles = ("chosen", "rejected") if better == 1 else ("rejected", "chosen")
+    roles = ("chosen", "rejected") if better == "1" else ("rejected", "chosen")
     first, second = (roles[0], options.text_1, options.image_1), (roles[1], options.text_2, options.image_2)
-    return (ANSWERS[0], first, second) if better == 1 else (ANSWERS[0], second, first)
+    return (ANSWERS[0], first, second) if better == "1" else (ANSWERS[0], second, first)
 
 
 def urls(record: Record, options: Chameleon) -> list[str]:

@@ -3,8 +3,8 @@
     python data_prep/coco.py source=caption_datasets.zip images=coco/ out=s3://benchmarks/coco splits=test
 
 ``source`` is Karpathy's archive or its dataset_coco.json; splits: train (82,783 images), restval (30,504), val and test
-(5,000 each). ``images`` holds train2014/ and val2014/. The captions are CC-BY-4.0; the images are Flickr's, under its
-terms; 19 GB.
+(5,000 each). ``images`` holds train2014/ and val2014/ (19 GB). The captions are CC-BY-4.0 (as its page says; check);
+the images are Flickr's, under its terms.
 """
 
 import sys

@@ -3,7 +3,8 @@
     python data_prep/flickr30k.py source=caption_datasets.zip images=flickr30k-images/ out=s3://benchmarks/flickr30k
 
 ``source`` is Karpathy's archive or its dataset_flickr30k.json; splits: train (29,000 images), val (1,014) and test
-(1,000). ``images`` is the folder of the images (4.4 GB), which are for research only, under Flickr's terms.
+(1,000). ``images`` is the folder of the images (4.4 GB), which are for non-commercial research and education, under
+Flickr's terms.
 """
 
 import sys

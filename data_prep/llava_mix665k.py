@@ -6,7 +6,8 @@
 ``images`` holds the folders coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images and vg/VG_100K{,_2}. A
 chat whose image is missing is left out (OCR-VQA's must all be .jpg). ``flatten`` makes a sample of each question and
 answer, as CLIP-FlanT5 was trained, from the original file: the published flattened one has marks in chats without an
-image. CC-BY-4.0 as far as the terms of GPT-4 and ShareGPT allow; the images belong to their owners.
+image. CC-BY-4.0 as far as the terms of GPT-4 and ShareGPT allow (as its page says; check); the images belong to their
+owners.
 """
 
 import sys

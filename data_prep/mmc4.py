@@ -1,10 +1,11 @@
-"""MMC4 (arXiv 2304.06939): 103M documents of C4 with 585M images, placed beside the sentences they are most similar to.
+"""MMC4 1.1 (arXiv 2304.06939): 101M documents of C4 with 571M images, beside the sentences they are most similar to.
 
-    python data_prep/mmc4.py source=mmc4/ images=s3://images out=s3://corpora/mmc4 tasks=256 task=0
+    python data_prep/mmc4.py source=mmc4/ images=s3://images out=s3://corpora/mmc4 tasks=256
 
 ``source`` holds allenai/mmc4's docs_shard_*.jsonl.zip files, or the JSON lines in them. Images under 11,000 bytes are
 left out, and so are those less similar than 0.24 to their sentence, which itself stays; both as in OpenFlamingo's
-training. A document without any image left is left out. The corpus is ODC-BY; the images belong to their owners.
+training. A document without any image left is left out. What the corpus adds to C4 is ODC-BY, and Common Crawl's terms
+of use hold; the images belong to their owners.
 """
 
 import sys
@@ -27,8 +28,8 @@ class Mmc4(prepare.Preparation):
         0.24, description="images less similar to their sentence are left out; 0 keeps all"
     )
 
-    def needed_columns(self) -> list[str]:
-        return ["text_list", "image_info", "similarity_matrix"]
+    def forms(self) -> list[list[str]]:
+        return [["text_list", "image_info", "similarity_matrix"]]
 
 
 def urls(record: Record, options: Mmc4) -> list[str]:

@@ -20,6 +20,11 @@ from hpc_mm.data.schema import Sample
 OTHER_MEDIA = ("speech_audios", "sounds", "videos", "imagebinds")
 
 
+class MultiToken(Chats):
+    def forms(self) -> list[list[str]]:
+        return [["messages"]]
+
+
 def urls(record: Record, options: Chats) -> list[str]:
     for name in OTHER_MEDIA:
         if record.get(name):
@@ -41,4 +46,4 @@ def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options
 
 
 if __name__ == "__main__":
-    sys.exit(prepare.main(Chats, urls, arrange))
+    sys.exit(prepare.main(MultiToken, urls, arrange))

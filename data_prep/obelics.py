@@ -1,9 +1,10 @@
 """OBELICS (arXiv 2306.16527): 141M documents of Common Crawl, 353M images, 115B tokens; text in the pages' own order.
 
-    python data_prep/obelics.py source=OBELICS/data/ images=s3://images out=s3://corpora/obelics tasks=128 task=0
+    python data_prep/obelics.py source=OBELICS/data/ images=s3://images out=s3://corpora/obelics tasks=128
 
-``source`` holds the parquet files of HuggingFaceM4/OBELICS (opt-out filtered; 666 GB), or the same as JSON lines, plain
-or in archives (.jsonl.zip). The corpus is CC-BY-4.0; the images belong to their owners.
+``source`` holds the parquet files of HuggingFaceM4/OBELICS (377 GB; data/ lacks the images that were opted out,
+opt_out_docs_removed_2023_07_12/ whole such documents too: 135M are left), or the same as JSON lines, plain or in
+archives (.jsonl.zip). The corpus is CC-BY-4.0; the images belong to their owners.
 """
 
 import sys
@@ -15,8 +16,8 @@ from hpc_mm.data.schema import Sample
 
 
 class Obelics(prepare.Documents):
-    def needed_columns(self) -> list[str]:
-        return ["images", "texts"]
+    def forms(self) -> list[list[str]]:
+        return [["images", "texts"]]
 
 
 def urls(record: Record, options: Obelics) -> list[str]:

@@ -4,7 +4,7 @@
 
 ``source`` is a folder with the published files or archives; splits: train (9,009 questions) and val (5,046), which its
 authors call test. The answers are stemmed, the raw ones stand beside them. ``images`` holds train2014/ and val2014/
-(19 GB). CC-BY-4.0; the images are Flickr's.
+(19 GB). Its licence stands in its files, if anywhere: check; the images are Flickr's.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """OmniCorpus (arXiv 2406.08418): documents of the web, 988M of Common Crawl with 3.3 images and 757 tokens each.
 
-    python data_prep/omnicorpus.py source=OmniCorpus-CC/ images=s3://images out=s3://corpora/omnicorpus tasks=512 task=0
+    python data_prep/omnicorpus.py source=OmniCorpus-CC/ images=s3://images out=s3://corpora/omnicorpus tasks=512
 
 ``source`` holds the parquet files of OpenGVLab/OmniCorpus-CC (or -CC-210M), or the same as JSON lines. The documents
 with similarities (``sentences``, ``matrix``, ``images_info``) are placed by them, and their images under 11,000
@@ -28,6 +28,9 @@ class OmniCorpus(prepare.Documents):
 
     def url_columns(self) -> list[str]:
         return [*super().url_columns(), "matrix", "images_info"]
+
+    def forms(self) -> list[list[str]]:
+        return [["images", "texts"], ["sentences", "images_info", "matrix"]]
 
     def smallest(self, record: Record) -> int:
         return max(self.min_image_bytes, self.min_placed_image_bytes if has_matrix(record) else 0)

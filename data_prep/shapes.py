@@ -38,7 +38,7 @@ from hpc_mm.config import (
 )
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import ShardWriter
-from hpc_mm.data.store import open_store
+from hpc_mm.data.store import StoreError, open_store
 from hpc_mm.site import in_store, read_site
 
 PIXELS = 64
@@ -342,7 +342,7 @@ def make_corpus(options: Shapes) -> None:
 def main(arguments: list[str]) -> int:
     try:
         make_corpus(with_overrides(Shapes(), parse_arguments(arguments)))
-    except ConfigError as error:
+    except (ConfigError, StoreError, OSError) as error:  # OSError: of disks
         print(f"shapes: {error}", file=sys.stderr)
         return 2
     return 0

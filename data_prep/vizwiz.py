@@ -4,7 +4,7 @@
 
 ``source`` is the published archive or a folder with its files; splits: train (20,523 questions), val (4,319) and test
 (8,000, without answers). The images have no ids but names, and each has one question: both ids are the file's name.
-``images`` holds train/, val/ and test/ (13 GB). CC-BY-4.0.
+``images`` holds train/, val/ and test/ (13 GB). CC-BY-4.0 (as its page says; check).
 """
 
 import sys

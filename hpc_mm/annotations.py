@@ -200,7 +200,7 @@ def main(kind: type[Benchmark], arguments: Sequence[str] | None = None) -> int:
         return code
     try:
         write_hash_index(open_store(prepare.read_options(kind, words).out))
-    except (ConfigError, StoreError, OSError) as error:
+    except (ConfigError, StoreError, MissingKey, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

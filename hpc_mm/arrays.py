@@ -13,14 +13,15 @@ from pathlib import Path
 
 from hpc_mm import slurm
 from hpc_mm.command import ROOT, Submission, header, site_directives
-from hpc_mm.config import ConfigError, Slurm
+from hpc_mm.config import ConfigError
 from hpc_mm.deadline import LAUNCHER
-from hpc_mm.prepare import SHARED, STAGES, Preparation
+from hpc_mm.prepare import SHARED, STAGES, Preparation, whole
 from hpc_mm.site import read_site
 from hpc_mm.submission import frozen, locked, next_submission
 
 SNAPSHOT = ("hpc_mm", "data_prep", "sbatch")  # what a job reads of the checkout
-WARNING = 120  # seconds before a job's end at which it goes back into the queue
+WARNING = 120  # seconds before a job's end at which it goes back into the queue (sbatch/data_prep.sbatch has it too)
+LEAST_MINUTES = 3  # a start, and some work before the warning
 
 
 def run_tasks(words: Sequence[str], stage: str, tasks: int) -> int:
@@ -37,33 +38,49 @@ def run_tasks(words: Sequence[str], stage: str, tasks: int) -> int:
     return 1 if failed else 0
 
 
-def script(name: str, stage: str, tasks: range, words: Sequence[str], values: Slurm, submission: Submission) -> str:
+def script(options: Preparation, stage: str, tasks: range, words: Sequence[str], submission: Submission) -> str:
     """The batch script of one array: task ``tasks.start + i`` is its i-th job."""
     array = stage in SHARED
     log = submission.folder / (f"{stage}-%A_%a.log" if array else f"{stage}-%j.log")
-    directives = {"job-name": f"{name}-{stage}", "nodes": "1", "ntasks": "1", "output": str(log)}
+    directives = {"job-name": f"{job_name(options)}-{stage}", "nodes": "1", "ntasks": "1", "output": str(log)}
     directives |= {"open-mode": "append", "requeue": "", "signal": f"B:USR2@{WARNING}"}
-    directives |= site_directives(values)
+    directives |= site_directives(options.slurm)
     if array:
         directives["array"] = f"0-{len(tasks) - 1}"
     lines = [*header(directives), "set -eo pipefail"]
-    lines += [f"cd {shlex.quote(str(submission.code))}  # the code as it was at submission"]
-    lines += ["export PYTHONPATH=$PWD", f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
-    lines += ["source sbatch/env.sh"]
-    command = shlex.join(["python", "-u", *words, f"stage={stage}"])
+    lines += [f"cd {shlex.quote(str(submission.code))}  # the code as it was at submission", "export PYTHONPATH=$PWD"]
+    step = container_step(options, submission)
+    if not step:
+        lines.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
+    command = shlex.join([*step, *words, f"stage={stage}"])
     if array:
         command += f" task=$(({tasks.start} + SLURM_ARRAY_TASK_ID))"
-    job = '"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"'
-    lines += ["# Near its end the job goes back into the queue; what is done is skipped then."]
-    lines += [f"trap 'scontrol requeue {job} || true' USR2", f"{command} &", "work=$!"]
-    wait = "wait $work && code=0 || code=$?"
-    lines += [
-        f"{wait}  # which a signal ends early",
-        f"while kill -0 $work 2>/dev/null; do {wait}; done",
-        "exit $code",
-        "",
+    return "\n".join([*lines, f"exec bash sbatch/data_prep.sbatch {command}", ""])
+
+
+def container_step(options: Preparation, submission: Submission) -> list[str]:
+    """What stands before a data_prep/ script to run it in slurm.container, as training does; nothing without one."""
+    if not options.slurm.container:
+        return []
+    places = [options.source, options.out, options.images, *options.filters.against, os.environ.get("HPC_MM_SITE", "")]
+    folders = {str(submission.run_folder), *(mounted(whole(place)) for place in places if place)}
+    return [
+        "srun",
+        f"--container-image={options.slurm.container}",
+        f"--container-mounts={','.join(f'{folder}:{folder}' for folder in sorted(folders) if folder)}",
+        f"--container-workdir={submission.code}",
+        *("python", "-u"),
     ]
-    return "\n".join(lines)
+
+
+def mounted(address: str) -> str:
+    """The folder that holds an address on the node's file systems, since it need not exist yet; empty for a store."""
+    if "://" in address:
+        return ""
+    folder = Path(address)
+    while not folder.is_dir():
+        folder = folder.parent
+    return str(folder) if folder != Path("/") else address
 
 
 def scripts(
@@ -77,7 +94,7 @@ def scripts(
         for number, start in enumerate(range(0, count, longest)):
             tasks = range(start, min(start + longest, count))
             name = f"{stage}.sbatch" if count <= longest else f"{stage}-{number}.sbatch"
-            found[name] = script(job_name(options), stage, tasks, words, options.slurm, submission)
+            found[name] = script(options, stage, tasks, words, submission)
     return found
 
 
@@ -95,16 +112,17 @@ def longest_array() -> int:
 
 def queue(options: Preparation, stages: Sequence[str], words: Sequence[str]) -> int:
     """Submit the stages, each after the one before has ended well; or show their scripts (cluster=print)."""
+    check_time(options.slurm.time)
     folder = Path(read_site().runs).expanduser().resolve() / f"prepare-{job_name(options)}"
-    submission = next_submission(folder)
-    texts = scripts(options, stages, words, submission)
     if options.cluster == "print":
-        print("\n".join(texts.values()))
+        print("\n".join(scripts(options, stages, words, next_submission(folder)).values()))
         return 0
     if not slurm.is_here():
         raise ConfigError("cluster=slurm: sbatch is not on PATH; cluster=local runs here, cluster=print shows the jobs")
     with locked(folder):
         refuse_if_active(job_name(options))
+        submission = next_submission(folder)
+        texts = scripts(options, stages, words, submission)
         for text in texts.values():
             slurm.test(text)
         with frozen(submission, SNAPSHOT, texts):
@@ -115,6 +133,14 @@ def queue(options: Preparation, stages: Sequence[str], words: Sequence[str]) -> 
     every = " ".join(job for numbers in jobs.values() for job in numbers)
     print(f"  logs    {submission.folder}\n  cancel  scancel {every}")
     return 0
+
+
+def check_time(time: str) -> None:
+    if 0 < slurm.minutes(time) <= LEAST_MINUTES:  # 0 is Slurm's word for no limit
+        raise ConfigError(
+            f"slurm.time={time} leaves no time to work: a task goes back into the queue {WARNING} s before its end; "
+            f"give more than {LEAST_MINUTES} minutes"
+        )
 
 
 def chained(stages: Sequence[str], submission: Submission, names: Sequence[str]) -> dict[str, list[str]]:

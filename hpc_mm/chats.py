@@ -23,6 +23,9 @@ class Chats(NamedImages):
     TEXT_ALONE: ClassVar[bool] = True
     WHOLE: ClassVar[bool] = True
 
+    def forms(self) -> list[list[str]]:
+        return [["conversations"]]
+
 
 def names_of(value: Any) -> list[str]:
     """The images of a field: a name, a list of names, or nothing."""

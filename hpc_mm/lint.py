@@ -22,7 +22,7 @@ from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.recode import Recode, recode
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import BrokenShard, ShardReader, Shards, check_shards, read_manifest
-from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
+from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, open_store, refuse_if_down
 from hpc_mm.report import PAGE, STYLE, picture
 
 AHEAD = 64  # samples per thread that are being read
@@ -148,15 +148,29 @@ def chosen(manifest: Shards, most: int) -> Iterator[tuple[str, int]]:
 
 
 def findings(store: Store, manifest: Shards, options: Lint, tokens: Tokens) -> Iterator[Finding]:
-    """What is found in each sample, in stored order."""
+    """What is found in each sample, in stored order. StoreDown where the store answers nothing any more."""
     reader = ShardReader(store)
     places = list(chosen(manifest, options.samples))
     pictured = {round(i * (len(places) - 1) / PICTURED) for i in range(PICTURED)}
-    with ThreadPoolExecutor(options.reads, "lint") as threads:
+    gone: list[StoreDown] = []  # then nothing more is asked for, as every question takes a minute
+
+    def looked(place: tuple[str, int], show: bool) -> Finding:
+        if gone:
+            raise gone[0]
+        try:
+            return look(reader, *place, tokens, show)
+        except StoreDown as error:
+            gone.append(error)
+            raise
+
+    threads = ThreadPoolExecutor(options.reads, "lint")
+    try:
         for start in range(0, len(places), AHEAD * options.reads):
             numbered = enumerate(places[start : start + AHEAD * options.reads], start)
-            waiting = [threads.submit(look, reader, *place, tokens, number in pictured) for number, place in numbered]
+            waiting = [threads.submit(looked, place, number in pictured) for number, place in numbered]
             yield from (future.result() for future in waiting)
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def look(reader: ShardReader, shard: str, number: int, tokens: Tokens, show: bool) -> Finding:
@@ -164,6 +178,8 @@ def look(reader: ShardReader, shard: str, number: int, tokens: Tokens, show: boo
         sample = reader.read(shard, number)
         suffixes = [member.suffix for member in reader.index(shard).members(number)]
     except (MissingKey, StoreError, BrokenShard) as error:
+        if isinstance(error, StoreError):
+            refuse_if_down(reader.store)
         return Finding(f"sample {number}", shard, False, broken=(("samples that cannot be read", str(error)),))
     broken: list[tuple[str, str]] = []
     images: list[Checked] = []
@@ -325,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         others = noticed(corpus, sets)
         out = open_store(options.out, make=True)
         out.write("index.html", page(corpus, others, options).encode(errors="replace"))
-    except (ConfigError, StoreError) as error:
+    except (ConfigError, StoreError, StoreDown, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(*summary(corpus, others), f"{out.address}/index.html", sep="\n")

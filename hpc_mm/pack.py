@@ -22,7 +22,7 @@ from hpc_mm.data.records import ENDINGS, DamagedFile, WrongColumns, check_column
 from hpc_mm.data.schema import Sample, image_key
 from hpc_mm.data.shards import DIGITS, INDEX, ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.sources import open_source
-from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
+from hpc_mm.data.store import MissingKey, Store, StoreError, open_store, refuse_if_down
 
 STATS = "stats.json"  # counts of the whole corpus
 FETCHED = "fetched"  # in it, URLs by what became of them
@@ -59,8 +59,8 @@ class Packing(Part):
     def column_names(self) -> list[str]:
         return [name for name in self.columns.split(",") if name]
 
-    def needed_columns(self) -> list[str]:
-        """Columns without which a file is not of this corpus."""
+    def forms(self) -> list[list[str]]:
+        """The columns of each form of record; a file that has not all of one is not of this corpus. None: any has."""
         return []
 
     def parts(self) -> tuple[Store, list[SourcePart]]:
@@ -82,9 +82,9 @@ class Packing(Part):
         return read_records(store, part.key, self.column_names(), self.url_columns())
 
     def check(self, store: Store, part: SourcePart) -> None:
-        """WrongColumns if a part has not those that are needed."""
-        if self.needed_columns():
-            check_columns(store, part.key, self.needed_columns(), self.column_names())
+        """WrongColumns if a part has not those of any form."""
+        if self.forms():
+            check_columns(store, part.key, self.forms(), self.column_names())
 
     def key(self, name: str) -> str:
         """Where an image that a record names lies in the store of images."""
@@ -136,10 +136,6 @@ def kept_options(options: Packing) -> dict[str, Any]:
 NOT_THERE, UNREADABLE = "not in the store", "could not be read"  # reasons that may pass
 
 
-class StoreDown(Exception):
-    """The store of images does not answer; the message is what it was asked and for how long."""
-
-
 def fetch(store: Store, key: str, smallest: int) -> bytes | str:
     """The image, or why it is left out. A store that fails altogether raises: the part is then done another time."""
     try:
@@ -156,10 +152,7 @@ def read_twice(store: Store, key: str) -> bytes:
     try:
         return store.read(key)
     except StoreError:
-        try:
-            store.size(image_key(""))  # whether it is there or not
-        except StoreError as error:
-            raise StoreDown(str(error)) from error
+        refuse_if_down(store)
         return store.read(key)
 
 

@@ -20,18 +20,18 @@ class Pairs(NamedImages):
     file: str = Field("", description="column of the names of image files, in place of url")
     caption: str = Field("caption", description="column of the captions")
 
-    def needed_columns(self) -> list[str]:
-        return [self.file or self.url, self.caption]
+    def forms(self) -> list[list[str]]:
+        return [[self.file or self.url, self.caption]]
 
     def url_columns(self) -> list[str]:
-        return self.needed_columns()
+        return self.forms()[0]
 
     def key(self, name: str) -> str:
         return NamedImages.key(self, name) if self.file else Preparation.key(self, name)
 
 
 def urls(record: Record, options: Pairs) -> list[str]:
-    for name in options.needed_columns():
+    for name in options.forms()[0]:
         if not isinstance(record.get(name), str):
             raise BrokenRecord(f"{name} is missing")
     return [record[options.file or options.url]]
@@ -50,5 +50,5 @@ def facts(record: Record, options: Pairs) -> dict[str, Any]:
     return {
         name: value
         for name, value in record.items()
-        if name not in options.needed_columns() and isinstance(value, str | int | float)
+        if name not in options.forms()[0] and isinstance(value, str | int | float)
     }

@@ -18,14 +18,14 @@ from typing import Any, ClassVar, Generic, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hpc_mm import pack
-from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown, with_overrides
+from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown, validated, with_overrides
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.filters import Filters
 from hpc_mm.data.parts import SourcePart, changes
 from hpc_mm.data.recode import Recode
 from hpc_mm.data.records import DamagedFile
 from hpc_mm.data.schema import image_key
-from hpc_mm.data.store import Store, StoreError, checked, open_store
+from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, checked, open_store
 from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
 from hpc_mm.data.web import MEANING, NOT_AN_IMAGE, Web
 from hpc_mm.deadline import die_with_parent
@@ -68,6 +68,12 @@ class Preparation(pack.Packing):
     def files_of_hashes_lie_somewhere(cls, filters: Filters) -> Filters:
         """Whole addresses, the same wherever a job runs."""
         return filters.model_copy(update={"against": tuple(map(whole, filters.against))})
+
+    @model_validator(mode="after")
+    def a_task_is_of_one_stage(self) -> Preparation:
+        if self.task is not None and self.stage == "all":
+            raise ValueError(f"task={self.task} is of one stage: give stage={' or stage='.join(SHARED)} too")
+        return self
 
     @field_validator("retry")
     @classmethod
@@ -266,7 +272,7 @@ def main(
                 pack.check_first(options, *first_part(options))
             return queue(options, stages, script_words(words, options))
         return run_here(stages, words, options, Corpus(urls, arrange))
-    except (ConfigError, StoreError, pack.StoreDown, OSError) as error:  # OSError: no space left, and the like
+    except (ConfigError, StoreError, MissingKey, StoreDown, OSError) as error:  # OSError: of disks
         print(error, file=sys.stderr)
         return 2
 
@@ -274,12 +280,15 @@ def main(
 def read_options(kind: type[Any], words: Sequence[str]) -> Any:
     """The options, checked; every key may be nested with dots."""
     values = parse_arguments(words)
+    for name in values:
+        if name.partition(".")[0] not in kind.model_fields:  # before what it leaves out is missed
+            raise unknown("key", name, kind.model_fields)
     required = [name for name, field in kind.model_fields.items() if field.is_required()]
     for name in required:
         if name not in values:
             raise ConfigError(f"{name}=... is missing: {kind.model_fields[name].description}")
     given = {name: values.pop(name) for name in required}
-    return with_overrides(kind(**given, slurm=Slurm.model_validate(read_site().slurm)), values)
+    return with_overrides(kind(**given, slurm=validated(Slurm, read_site().slurm)), values)
 
 
 def first_part(options: Preparation) -> tuple[Store, SourcePart]:

@@ -9,9 +9,13 @@ import pytest
 from checkout import ROOT, environment
 
 
+def run(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "data_prep/cc3m.py", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment(ROOT, folder, **more), capture_output=True, text=True)
+
+
 def printed(folder: Path, *words: str) -> str:
-    command = [sys.executable, "data_prep/cc3m.py", "cluster=print", *words]
-    result = subprocess.run(command, cwd=ROOT, env=environment(ROOT, folder), capture_output=True, text=True)
+    result = run(folder, "cluster=print", *words)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -20,6 +24,7 @@ def test_every_stage_is_a_script(tmp_path: Path) -> None:
     said = printed(
         tmp_path, "source=in.tsv", "out=s3://corpora/cc3m", "tasks=8", "slurm.partition=long", "web.host_rate=5"
     )
+    script = ROOT / "sbatch" / "data_prep.sbatch"
     scripts = [f"#!/bin/bash{text}" for text in said.split("#!/bin/bash")[1:]]
     assert [re.findall(r"stage=(\w+)", text) for text in scripts] == [["plan"], ["fetch"], ["pack"], ["verify"]]
     assert ["--array=0-7" in text for text in scripts] == [False, True, True, False]
@@ -27,7 +32,47 @@ def test_every_stage_is_a_script(tmp_path: Path) -> None:
         assert "--partition=long" in text and "web.host_rate=5" in text and f"source={ROOT}/in.tsv" in text
         assert "out=s3://corpora/cc3m images=s3://corpora/images" in text
         assert subprocess.run(["/bin/bash", "-n"], input=text, text=True).returncode == 0
+        hand = re.findall(r"^#SBATCH --(?:signal|requeue|nodes).*", script.read_text(), re.MULTILINE)
+        assert len(hand) == 3 and set(hand) <= set(text.splitlines())
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_container_runs_the_work_and_sees_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    places = [f"source={tmp_path}/in", f"out={tmp_path}/new/out", "images=s3://images"]
+    said = printed(tmp_path, *places, "stage=pack", "slurm.container=nvcr.io#some/image", "filters.against=hashes.npy")
+    folders = sorted(map(str, [ROOT, tmp_path, tmp_path / "in", tmp_path / "runs" / "prepare-out"]))
+    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
+    step = f"srun '--container-image=nvcr.io#some/image' --container-mounts={mounts} --container-workdir="
+    assert f"exec bash sbatch/data_prep.sbatch {step}" in said and "/code python -u data_prep/cc3m.py" in said
+    assert f"filters.against={ROOT}/hashes.npy" in said, "jobs run in another folder"
+    assert "export PATH" not in said, "the container has a Python of its own"
+
+
+@pytest.mark.parametrize(("time", "code"), [("3", 2), ("0:02:00", 2), ("3:01", 0), ("0", 0)])
+def test_time_for_some_work_is_needed(tmp_path: Path, time: str, code: int) -> None:
+    result = run(tmp_path, "cluster=print", "source=in.tsv", "out=out", f"slurm.time={time}")
+    assert result.returncode == code
+    assert bool(code) == (f"slurm.time={time} leaves no time to work" in result.stderr)
+    assert result.stderr.count("\n") == bool(code)
+
+
+def test_two_launchers_never_take_one_number(tmp_path: Path) -> None:
+    """Another launcher gets in whenever this one asks Slurm and the folder is free."""
+    (tmp_path / "in.tsv").write_text("a\tu/1\n")
+    folder = tmp_path / "runs" / "prepare-out"
+    folder.mkdir(parents=True)
+    theirs = f"flock --nonblock {folder}/.lock mkdir -p {folder}/submissions/001/theirs\n"
+    answers = {"sbatch": "echo 7", "squeue": "true", "scontrol": "echo 'MaxArraySize = 9'"}
+    (tmp_path / "bin").mkdir()
+    for name, answer in answers.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{theirs}{answer}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    words = [f"source={tmp_path}/in.tsv", f"out={tmp_path}/out", "tasks=2", "stage=fetch", "cluster=slurm"]
+    result = run(tmp_path, *words, PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+    assert result.returncode == 0, result.stderr
+    newest = max((folder / "submissions").glob("[0-9]*"))
+    assert (newest / "fetch.sbatch").exists() and not (newest / "theirs").exists()
 
 
 @pytest.mark.parametrize("tasks", [1, 2500])

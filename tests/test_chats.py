@@ -198,7 +198,7 @@ def test_chameleon(tmp_path: Path, images: Store) -> None:
             "worse_img": "coco/1.jpg",
         },
         {**judged, "output_image_url_1": two, "output_image_url_2": None, "overall_response": 2},
-        {**judged, "output_image_url_1": two, "output_image_url_2": None, "overall_response": 1},
+        {**judged, "output_image_url_1": two, "output_image_url_2": None, "overall_response": "1"},
         {**judged, "overall_response": 0},
         {"question": "q"},
         {"question": 5, "response": "r"},
@@ -219,7 +219,7 @@ def test_chameleon(tmp_path: Path, images: Store) -> None:
         {"n": 1},
         {},
         {"p_response": 2, "overall_response": 2},
-        {"p_response": 2, "overall_response": 1},
+        {"p_response": 2, "overall_response": "1"},
     ]
     assert counts(tmp_path / "out") == {
         "left out: overall_response is neither 1 nor 2": 1,

@@ -5,18 +5,24 @@ import json
 import re
 import shutil
 import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import samples
 from PIL import Image as Picture
 
+from hpc_mm.config import ConfigError
 from hpc_mm.data.perceptual import perceptual_hash, write_hashes
 from hpc_mm.data.schema import Image, Sample, Text
-from hpc_mm.data.shards import ShardWriter
-from hpc_mm.data.store import open_store
+from hpc_mm.data.shards import ShardWriter, read_manifest
+from hpc_mm.data.store import FolderStore, StoreDown, StoreError, open_store
 from hpc_mm.index import main as index
-from hpc_mm.lint import main
+from hpc_mm.lint import Lint, findings, main
 
 EVIL = '<script>alert("x")</script>'
 
@@ -93,6 +99,43 @@ def test_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "BROKEN files that are missing or of another size: 2\n" in told
     assert f"{names[0]} is missing" in told and "BROKEN samples that cannot be read" in told
     assert f"  {names[1]}: sample" in told and f"  {names[2]}" not in told
+
+
+class Dying(FolderStore):
+    """A store that goes away after 20 reads."""
+
+    asked: ClassVar[Iterator[int]] = count()
+
+    def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        if next(self.asked) >= 20:
+            time.sleep(0.02)
+            raise StoreError(f"{key}: failed for 60 s")
+        return super().read(key, start, end)
+
+    def size(self, key: str) -> int | None:
+        raise StoreError(f"{key}: failed for 60 s")
+
+
+def test_a_store_that_goes_away_is_no_broken_sample(tmp_path: Path) -> None:
+    store = Dying(written(tmp_path / "shards", *(Sample(f"s{i:03d}", (Text("a"),)) for i in range(300))))
+    found = findings(store, read_manifest(store), Lint(reads=4), len)
+    with pytest.raises(StoreDown, match=r"the store does not answer: index.json: failed for 60 s"):
+        assert all(finding.readable for finding in found)
+    assert next(Dying.asked) <= 24, "nothing more is asked for"
+
+
+def test_a_folder_that_goes_away(tmp_path: Path) -> None:
+    store = open_store(written(tmp_path / "shards", *(Sample(f"s{i:03d}", (Text("a"),)) for i in range(300))))
+    gone = threading.Event()
+
+    def tokens(text: str) -> int:
+        if not gone.is_set():
+            gone.set()
+            (tmp_path / "shards").rename(tmp_path / "elsewhere")
+        return 1
+
+    with pytest.raises(ConfigError, match=f"no folder {tmp_path}/shards"):
+        assert all(finding.readable for finding in findings(store, read_manifest(store), Lint(reads=1), tokens))
 
 
 def test_image_files_that_no_part_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

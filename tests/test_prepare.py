@@ -19,7 +19,7 @@ from hpc_mm import pack
 from hpc_mm.config import ConfigError, Loader, Source
 from hpc_mm.data.schema import Sample, Text, image_key
 from hpc_mm.data.shards import check_shards, read_manifest, read_samples
-from hpc_mm.data.store import FolderStore, Store, StoreError, open_store
+from hpc_mm.data.store import FolderStore, Store, StoreDown, StoreError, open_store
 from hpc_mm.data.stream import make_loader
 
 
@@ -382,7 +382,7 @@ class Down(FolderStore):
 
 
 def test_a_store_that_is_down_loses_no_images(tmp_path: Path) -> None:
-    with pytest.raises(pack.StoreDown, match="failed for 60 s"):
+    with pytest.raises(StoreDown, match="failed for 60 s"):
         pack.fetch(Down(str(tmp_path)), "a", 0)
 
 

@@ -69,8 +69,8 @@ def read_records(
         raise DamagedFile(f"{store.address}/{key} is damaged: {type(error).__name__}: {error}") from error
 
 
-def check_columns(store: Store, key: str, needed: Sequence[str], columns: Sequence[str] = ()) -> None:
-    """WrongColumns if no record of a file can have one of the ``needed`` columns, since the file has others.
+def check_columns(store: Store, key: str, forms: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> None:
+    """WrongColumns if no record of a file can have all columns of one of the ``forms``, since the file has others.
 
     Tables are known by their schema. In JSON a value may be missing by mistake: its first records are looked at.
     """
@@ -81,9 +81,9 @@ def check_columns(store: Store, key: str, needed: Sequence[str], columns: Sequen
     else:
         found = islice(read_records(store, key, columns), LOOKED_AT)
         names = list({name: None for record in found if isinstance(record, dict) for name in record})
-    missing = [name for name in needed if name not in names]
-    if missing and names:
-        raise WrongColumns(f"{store.address}/{key} has no column {', '.join(missing)}: it has {', '.join(names)}")
+    missing = [", ".join(name for name in form if name not in names) for form in forms]
+    if all(missing) and names:
+        raise WrongColumns(f"{store.address}/{key} has no column {' or '.join(missing)}: it has {', '.join(names)}")
 
 
 # ---------------------------------------------------------------- lines

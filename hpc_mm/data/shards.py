@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -25,7 +26,7 @@ from pydantic_core import from_json
 from hpc_mm.config import ConfigError
 from hpc_mm.data.cache import ReadCache
 from hpc_mm.data.schema import Image, Part, Sample, Text
-from hpc_mm.data.store import MissingKey, Store, StoreError, write_changed
+from hpc_mm.data.store import MissingKey, Store, StoreError, told, write_changed
 
 MANIFEST = "index.json"  # of a folder of shards: written last, so a folder that has it is whole
 INDEX = ".index.json"  # ends the name of a shard's own index
@@ -267,9 +268,10 @@ class ShardWriter:
             raise ValueError(f"sample id {sample.id!r}: only letters, digits, _ and - can stand in a shard")
         if sample.id in self._ids:
             raise ValueError(f"sample id {sample.id!r} is in this shard already")
-        if self._tar is None:
-            self._tar = tarfile.open(self._path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115, open between adds
-        members = [self._put(self._tar, sample.id, suffix, data) for suffix, data in members_of(sample)]
+        with told(self._path):
+            if self._tar is None:
+                self._tar = tarfile.open(self._path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115, open between adds
+            members = [self._put(self._tar, sample.id, suffix, data) for suffix, data in members_of(sample)]
         self._samples.append((sample.id, members))
         self._ids.add(sample.id)
         if self._tar.offset >= self.max_bytes:
@@ -287,7 +289,8 @@ class ShardWriter:
         if self._tar is None:
             return
         path = self._path
-        self._tar.close()
+        with told(path):
+            self._tar.close()
         self._tar = None
         if self.manifest and not self.shards:
             self.store.delete(MANIFEST)  # from here on the folder is not what an older manifest says
@@ -317,7 +320,8 @@ class ShardWriter:
         if kind is None:
             return self.close()
         if self._tar is not None:
-            self._tar.close()
+            with suppress(OSError):  # what happened first is told
+                self._tar.close()
         self._folder.cleanup()
 
 

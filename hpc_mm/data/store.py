@@ -31,6 +31,10 @@ class StoreError(Exception):
     """The store did not give or take whole bytes within the deadline; the message names the key."""
 
 
+class StoreDown(Exception):
+    """A store does not answer at all; the message is what it was asked and for how long."""
+
+
 @dataclass(frozen=True)
 class Entry:
     key: str
@@ -93,6 +97,14 @@ def write_changed(store: Store, key: str, data: bytes) -> None:
     store.write(key, data)
 
 
+def refuse_if_down(store: Store) -> None:
+    """After a StoreError about a key: StoreDown where the store does not even say whether another is there."""
+    try:
+        store.size("index.json")
+    except (StoreError, OSError) as error:
+        raise StoreDown(f"the store does not answer: {error}") from error
+
+
 def checked(key: str) -> str:
     """The key itself, if it is a plain relative path that cannot leave its store."""
     if not key or key.startswith("/") or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
@@ -137,11 +149,11 @@ class FolderStore:
         return data
 
     def write(self, key: str, data: bytes, metadata: Mapping[str, str] = NONE) -> None:
-        with written_aside(self._path(key)) as part:
+        with told(self._path(key)), written_aside(self._path(key)) as part:
             part.write_bytes(data)
 
     def upload(self, key: str, path: Path) -> None:
-        with written_aside(self._path(key)) as part:
+        with told(self._path(key)), written_aside(self._path(key)) as part:
             shutil.copyfile(path, part)
 
     def download(self, key: str, path: Path) -> None:
@@ -198,6 +210,15 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What a disk says while a file is written (no space left, ...) as ConfigError with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextmanager

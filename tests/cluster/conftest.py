@@ -1,5 +1,6 @@
 """The real Slurm and the real Ceph of slurm.sh and ceph.sh; tests that need them skip where they do not run."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -54,6 +55,18 @@ def ceph() -> Iterator[str]:
             for entry in page.get("Contents", []):
                 s3.delete_object(Bucket=bucket, Key=entry["Key"])
         s3.delete_bucket(Bucket=bucket)
+
+
+@pytest.fixture
+def stranger(ceph: str) -> Iterator[dict[str, str]]:
+    """The keys of another user of Ceph, who has no rights on anything."""
+    name = f"stranger-{uuid.uuid4().hex[:8]}"
+    admin = ["radosgw-admin", f"--conf={FOLDER}/ceph/ceph.conf", f"--uid={name}", "user"]
+    made = subprocess.run([*admin, "create", "--display-name=stranger"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    key = json.loads(made.stdout)["keys"][0]
+    yield {"AWS_ACCESS_KEY_ID": key["access_key"], "AWS_SECRET_ACCESS_KEY": key["secret_key"], "name": name}
+    subprocess.run([*admin, "rm", "--purge-data"], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")

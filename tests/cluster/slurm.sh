@@ -4,7 +4,7 @@
 # Everything it writes lies in HPC_MM_CLUSTER_DIR/slurm (default /var/tmp/hpc_mm-cluster/slurm), but for Slurm's fixed
 # places: /etc/slurm/{slurm,slurmdbd}.conf, munge's key, and a line `127.0.0.1 node1 ...` in /etc/hosts.
 # Partitions: main (no time limit), short (10 minutes) and urgent, whose jobs send those of the others back into the queue
-# after a minute's grace. Debian, root. A Slurm that runs already is left alone, but for an older one of this script.
+# after a minute's grace. An array has at most 8 jobs, so that tests need few to have more. Debian, root. A Slurm that runs already is left alone, but for an older one of this script.
 set -eu
 cd "$(dirname "$0")"
 source ./packages.sh
@@ -56,6 +56,7 @@ MpiDefault=none
 JobAcctGatherType=jobacct_gather/linux
 KillWait=5
 SlurmdParameters=config_overrides
+MaxArraySize=8
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=localhost
 NodeName=node[1-$NODES] NodeHostname=$HOST NodeAddr=127.0.0.1 Port=[17001-$((17000 + NODES))] CPUs=2 RealMemory=6000 State=UNKNOWN

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,15 +12,16 @@ from pathlib import Path
 
 import boto3
 import pytest
+import samples
 from checkout import ROOT, environment
 from fault_proxy import fault_proxy
 from image_server import ImageServer, image_server
-from jobs import wait
+from jobs import start_now, wait
 from scripts import plainly_read, run
 
 from hpc_mm.config import ConfigError
-from hpc_mm.data.schema import image_key
-from hpc_mm.data.shards import check_shards, read_manifest
+from hpc_mm.data.schema import Sample, Text, image_key
+from hpc_mm.data.shards import ShardWriter, check_shards, read_manifest
 from hpc_mm.data.store import open_store
 
 WEB = ["web.allow=127.0.0.0/8", "web.host_rate=0"]
@@ -58,10 +60,9 @@ def write_source(folder: Path, records: list[dict], copies: int) -> Path:
     return folder
 
 
-def prepared(values: dict[str, str], *words: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "data_prep/omnicorpus.py", *WEB, *words], cwd=ROOT, env=values, capture_output=True, text=True
-    )
+def prepared(values: dict[str, str], *words: str, script: str = "omnicorpus") -> str:
+    command = [sys.executable, f"data_prep/{script}.py", *words]
+    result = subprocess.run(command, cwd=ROOT, env=values, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -82,6 +83,7 @@ def test_a_slurm_array_of_which_tasks_are_killed(
         **{key: value for key, value in os.environ.items() if key.startswith("AWS_")},
     }
     words = [
+        *WEB,
         f"source={source}",
         "shard_mb=1",
         "part_urls=20",
@@ -120,6 +122,119 @@ def test_a_slurm_array_of_which_tasks_are_killed(
     assert {"sha256", "original-size"} <= set(boto3.client("s3").head_object(Bucket=bucket, Key=key)["Metadata"])
 
 
+@pytest.fixture
+def pairs(tmp_path: Path) -> Iterator[tuple[ImageServer, Path]]:
+    """Nine files of eight captions each, and the server of their images, of which each of its eight hosts has nine."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "0.jpg").write_bytes(samples.encoded(samples.picture(0)))
+    (tmp_path / "in").mkdir()
+    with image_server(tmp_path / "pictures") as server:
+        for number in range(9):
+            rows = [{"url": server.url(8 * number + i), "caption": f"{number} {i}"} for i in range(8)]
+            (tmp_path / "in" / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        yield server, tmp_path / "in"
+
+
+def submitted(said: str) -> dict[str, list[str]]:
+    """The jobs of each stage."""
+    found = [line.split() for line in said.splitlines() if line.startswith("submitted")]
+    return {stage.rstrip(":"): [job.rstrip(",") for job in jobs] for _, stage, _, *jobs in found}
+
+
+@pytest.mark.parametrize("warning", ["a signal", pytest.param("the time limit", marks=pytest.mark.chaos)])
+def test_a_task_near_its_end_goes_back_into_the_queue(
+    slurm: None, pairs: tuple[ImageServer, Path], tmp_path: Path, warning: str
+) -> None:
+    server, source = pairs
+    rate = 2 if warning == "a signal" else 0.05  # of a host's nine URLs a second: 4 s, or 160 s, of which a job has 120
+    words = [*WEB[:1], f"source={source}", "slurm.cpus_per_task=1", "slurm.memory=500M", "slurm.time=4"]
+    values = environment(ROOT, tmp_path)
+    prepared(values, *words, f"out={tmp_path}/quiet/out", "web.host_rate=0", "cluster=local", script="cc3m")
+    server.requests()
+    words += [f"out={tmp_path}/out", f"web.host_rate={rate}", "tasks=2", "cluster=slurm", "name=pairs"]
+    jobs = submitted(prepared(values, *words, script="cc3m"))
+    while not server.requests():
+        time.sleep(0.1)
+    running = subprocess.run(["squeue", "-h", "-r", "-j", jobs["fetch"][0], "-o", "%i"], capture_output=True, text=True)
+    task = running.stdout.split()[-1]  # the other one may have had nothing to do
+    if warning == "a signal":
+        subprocess.run(["scancel", "--batch", "--signal=USR2", task], check=True)
+    start_now(task, seconds=200)
+    assert wait(jobs["verify"][0], seconds=600) == "COMPLETED"
+    first, *_, again = (tmp_path / f"runs/prepare-pairs/submissions/001/fetch-{task}.log").read_text().split("REQUEUE")
+    assert "fetched " in again and "fetched " not in first
+    assert everything(f"{tmp_path}/out") == everything(f"{tmp_path}/quiet/out")
+    assert len(list((tmp_path / "images").iterdir())) == 72
+
+
+def test_more_tasks_than_an_array_takes(slurm: None, pairs: tuple[ImageServer, Path], tmp_path: Path) -> None:
+    _, source = pairs
+    open_store(f"{tmp_path}/images", make=True)
+    values = environment(ROOT, tmp_path)
+    words = [f"source={source}", "tasks=9", "slurm.cpus_per_task=1", "slurm.memory=500M", "cluster=slurm"]
+    held = submitted(prepared(values, *words, f"out={tmp_path}/held", "slurm.extra.hold=", script="cc3m"))
+    shown = subprocess.check_output(["scontrol", "show", "job", held["verify"][0]], text=True)
+    subprocess.run(["scancel", *(job for jobs in held.values() for job in jobs)], check=True)
+    assert [len(jobs) for jobs in held.values()] == [1, 2, 2, 1], "8 tasks and 1"
+    assert re.findall(r"afterok:(\d+)_", shown) == held["pack"]
+    jobs = submitted(prepared(values, *words, f"out={tmp_path}/out", "stage=pack", script="cc3m"))
+    assert [wait(job) for job in jobs["pack"]] == ["COMPLETED", "COMPLETED"]
+    assert json.loads((tmp_path / "out/stats.json").read_text())["records"] == 72
+
+
+def test_the_hand_written_script_runs_a_stage(slurm: None, pairs: tuple[ImageServer, Path], tmp_path: Path) -> None:
+    _, source = pairs
+    open_store(f"{tmp_path}/images", make=True)
+    values = environment(ROOT, tmp_path, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    command = ["sbatch", "--parsable", "--cpus-per-task=1", "--mem=500M", f"--output={tmp_path}/%a.log", "--array=0-1"]
+    command += ["sbatch/data_prep.sbatch", "data_prep/cc3m.py", f"source={source}", f"out={tmp_path}/out", "tasks=2"]
+    job = subprocess.check_output([*command, "stage=pack"], cwd=ROOT, env=values, text=True).strip()
+    assert wait(job) == "COMPLETED"
+    logs = [(tmp_path / f"{task}.log").read_text() for task in range(2)]
+    done = [re.findall(r"^(\d).jsonl: 8 records", log, re.MULTILINE) for log in logs]
+    assert done == [list("02468"), list("1357")]
+
+
+def test_a_bucket_without_permission(
+    ceph: str,
+    stranger: dict[str, str],
+    pairs: tuple[ImageServer, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, exit code 2; once the bucket's owner gives the right, the same command completes."""
+    _, source = pairs
+    store = open_store(f"{ceph}/forbidden/in")
+    for file in source.iterdir():
+        store.upload(file.name, file)
+    here = {"source": str(source), "out": f"{tmp_path}/out", "images": f"{tmp_path}/images"}
+    there = {"source": store.address, "out": f"{ceph}/forbidden/out", "images": f"{ceph}/forbidden/images"}
+    words = [*WEB, "cluster=local"]
+    prepared(dict(os.environ), *words, *words_of(here), script="cc3m")
+    owner = boto3.client("s3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, stranger[name])
+    for place, address in there.items():
+        places = {**here, "out": f"{tmp_path}/{place}/out", place: address}
+        command = [sys.executable, "data_prep/cc3m.py", *words, *words_of(places)]
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert address in refused.stderr and "access is denied to these credentials" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    bucket = ceph.removeprefix("s3://")
+    right: dict[str, object] = {"Effect": "Allow", "Action": "s3:*"}
+    right["Principal"] = {"AWS": [f"arn:aws:iam:::user/{stranger['name']}"]}
+    right["Resource"] = [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]
+    owner.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [right]}))
+    prepared(dict(os.environ), *words, *words_of(there), script="cc3m")
+    assert everything(there["out"]) == everything(here["out"])
+    owner.delete_bucket_policy(Bucket=bucket)
+
+
+def words_of(places: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in places.items()]
+
+
 def state(job: str) -> str:
     return subprocess.run(["squeue", "-h", "-r", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout
 
@@ -144,7 +259,7 @@ def test_a_store_that_fails_at_times_loses_nothing(
 ) -> None:
     _, records = real
     source = write_source(tmp_path / "in", records, 4)
-    words = [f"source={source}", "cluster=local", "shard_mb=1"]
+    words = [*WEB, f"source={source}", "cluster=local", "shard_mb=1"]
     prepared(dict(os.environ), *words, f"out={ceph}/peaceful/documents")
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], seed=3) as (address, counts):
         said = prepared({**os.environ, "AWS_ENDPOINT_URL": address}, *words, f"out={ceph}/faulty/documents")
@@ -187,3 +302,29 @@ def dates(address: str) -> dict[str, object]:
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     found = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]
     return {entry["Key"].removeprefix(f"{prefix}/"): entry["LastModified"] for entry in found}
+
+
+DYING = """
+import os, sys, time
+from fault_proxy import fault_proxy
+with fault_proxy(sys.argv[1], seed=3) as (address, counts):
+    print(address, flush=True)
+    while counts["served"] < 200:
+        time.sleep(0.01)
+    os._exit(0)
+"""
+
+
+@pytest.mark.chaos
+def test_lint_of_a_store_that_goes_away_ends(ceph: str, tmp_path: Path) -> None:
+    with ShardWriter(open_store(f"{ceph}/linted"), "part") as writer:
+        for number in range(3000):
+            writer.add(Sample(f"s{number:04d}", (Text("a"),)))
+    gateway = [sys.executable, "-c", DYING, os.environ["AWS_ENDPOINT_URL"]]
+    lint = [sys.executable, "-m", "hpc_mm.lint", f"shards={ceph}/linted", f"out={tmp_path}", "reads=4"]
+    with subprocess.Popen(gateway, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True) as dying:
+        assert dying.stdout is not None
+        values = {**os.environ, "AWS_ENDPOINT_URL": dying.stdout.readline().strip()}
+        ended = subprocess.run(lint, cwd=ROOT, env=values, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 2 and not ended.stdout
+    assert ended.stderr.startswith("the store does not answer: ") and ended.stderr.count("\n") == 1
