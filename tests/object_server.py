@@ -1,5 +1,6 @@
 """An S3 endpoint in memory, for what needs no real one: whole objects, one page of a list, and an outage."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ class Objects(BaseHTTPRequestHandler):
         found = sorted(name for name in self.server.objects if name.startswith(bucket + prefix))
         rows = "".join(
             f"<Contents><Key>{escape(name.removeprefix(bucket))}</Key>"
-            f"<Size>{len(self.server.objects[name])}</Size></Contents>"
+            f"<Size>{len(self.server.objects[name])}</Size>"
+            f"<ETag>{hashlib.md5(self.server.objects[name]).hexdigest()}</ETag></Contents>"
             for name in found
         )
         return f"<?xml version='1.0'?><ListBucketResult>{rows}</ListBucketResult>".encode()

@@ -206,7 +206,7 @@ def running(word: str) -> list[str]:
 def planned(urls: list[str], folder: Path) -> tuple[Plan, Store, Store]:
     """A plan of these URLs, and the stores of what is written and of images."""
     out, images = (open_store(str(folder / name), make=True) for name in ("out", "images"))
-    return make_plan(urls, {}, images, out), out, images
+    return make_plan(urls, {}, {}, images, out), out, images
 
 
 def ledger(out: Store) -> list[Line]:
