@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from hpc_mm.data.store import MissingKey, Store
+from hpc_mm.data.tables import read_table, write_table
 
 FOLDER = "ledger"
 OK, GONE, RETRY, BLOCKED, POISON = "ok", "gone", "retry", "blocked", "poison"
@@ -44,22 +44,17 @@ def _schema() -> Any:
 
 def to_parquet(lines: Iterable[Line]) -> bytes:
     import pyarrow
-    import pyarrow.parquet
 
-    file = io.BytesIO()
     rows = list(lines)
     columns = [[getattr(row, name) for row in rows] for name in _schema().names]
     table = pyarrow.Table.from_arrays(
         [pyarrow.array(*pair) for pair in zip(columns, _schema().types, strict=True)], schema=_schema()
     )
-    pyarrow.parquet.write_table(table, file, compression="zstd")
-    return file.getvalue()
+    return write_table(table)
 
 
 def from_parquet(data: bytes) -> list[Line]:
-    import pyarrow.parquet
-
-    return [Line(**row) for row in pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()]
+    return [Line(**row) for row in read_table(data).to_pylist()]
 
 
 class Ledger:

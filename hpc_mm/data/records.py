@@ -16,6 +16,7 @@ from typing import IO, Any, NoReturn
 from hpc_mm.config import ConfigError
 from hpc_mm.data.documents import BrokenRecord, Record
 from hpc_mm.data.store import MissingKey, Store, opened
+from hpc_mm.data.tables import arrow_batches, parquet_batches
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zip", ".json", ".parquet", ".arrow", ".tsv", ".tsv.gz")
 # What the ``datasets`` library writes beside records.
@@ -229,7 +230,8 @@ def table_rows(file: io.BufferedReader, key: str, only: Sequence[str]) -> Iterat
 
     number = 0
     try:
-        for batch in batches(file, key, only):
+        batches = parquet_batches if key.endswith(".parquet") else arrow_batches
+        for batch in batches(file, BATCH, only):
             for row in batch.to_pylist():
                 number += 1
                 yield Record(row, f"{key} row {number}")
@@ -237,27 +239,10 @@ def table_rows(file: io.BufferedReader, key: str, only: Sequence[str]) -> Iterat
         raise OSError(str(error)) from error
 
 
-def batches(file: io.BufferedReader, key: str, only: Sequence[str]) -> Iterator[Any]:
-    """Pieces of a table of parquet, or of arrow as the ``datasets`` library saves it."""
-    import pyarrow.parquet
-
-    if key.endswith(".parquet"):
-        table = pyarrow.parquet.ParquetFile(file)
-        yield from table.iter_batches(BATCH, columns=chosen(table.schema_arrow.names, only))
-        return
-    for batch in pyarrow.ipc.open_stream(file):
-        batch = batch.select(chosen(batch.schema.names, only))
-        yield from (batch.slice(start, BATCH) for start in range(0, batch.num_rows, BATCH))
-
-
-def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
-    return [name for name in names if not only or name in only]
-
-
 def parquet_file(file: io.BufferedReader, store: Store, key: str) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise DamagedFile(f"{store.address}/{key} is damaged: {error}") from error

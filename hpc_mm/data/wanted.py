@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tempfile
 from collections import Counter
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store
+from hpc_mm.data.tables import read_table, write_table
 
 FOLDER, PLAN = "plan", "plan.json"
 PART_URLS = 20_000  # of a part: some minutes of fetching
@@ -72,9 +72,7 @@ def read_plan(out: Store) -> Plan | None:
 
 
 def read_urls(out: Store, part: Part) -> list[str]:
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(io.BytesIO(out.read(f"{FOLDER}/{part.name}.parquet")))
+    table = read_table(out.read(f"{FOLDER}/{part.name}.parquet"))
     return table.column("url").to_pylist()  # type: ignore[no-any-return]
 
 
@@ -162,11 +160,8 @@ def interleaved(urls: Iterable[str]) -> tuple[list[str], int]:
 
 def _parquet(urls: list[str]) -> bytes:
     import pyarrow
-    import pyarrow.parquet
 
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"url": urls}), file, compression="zstd")
-    return file.getvalue()
+    return write_table(pyarrow.table({"url": urls}))
 
 
 class Spill:

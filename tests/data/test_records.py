@@ -169,9 +169,9 @@ def test_a_list_that_is_not_json_is_told_with_its_line(tmp_path: Path, data: byt
 def test_a_wrong_column_is_told_before_any_record(tmp_path: Path, key: str) -> None:
     store = open_store(str(tmp_path))
     store.write(key, FILES[key])
-    check_columns(store, key, ["caption", "url"], ["url", "caption"])
+    check_columns(store, key, [["caption", "url"]], ["url", "caption"])
     with pytest.raises(DamagedFile, match=rf"{key} has no column URL: it has (url, caption|caption, url)"):
-        check_columns(store, key, ["URL", "caption"], ["url", "caption"])
+        check_columns(store, key, [["URL", "caption"]], ["url", "caption"])
 
 
 def test_other_kinds_are_told(tmp_path: Path) -> None:
