@@ -168,8 +168,8 @@ def test_a_task_near_its_end_goes_back_into_the_queue(
 
 
 def test_more_tasks_than_an_array_takes(slurm: None, pairs: tuple[ImageServer, Path], tmp_path: Path) -> None:
-    _, source = pairs
-    open_store(f"{tmp_path}/images", make=True)
+    server, source = pairs
+    open_store(f"{tmp_path}/images", make=True).write(image_key(server.url(0)), samples.encoded(samples.picture(0)))
     values = environment(ROOT, tmp_path)
     words = [f"source={source}", "tasks=9", "slurm.cpus_per_task=1", "slurm.memory=500M", "cluster=slurm"]
     held = submitted(prepared(values, *words, f"out={tmp_path}/held", "slurm.extra.hold=", script="cc3m"))
