@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import chain
 
 # What is left out after tokenising. Lower-cased brackets (-lrb-) are not on the list and stay, as in the reference.
 DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
@@ -69,7 +70,6 @@ HYPHENED = (
 )
 SPLIT_WORDS = "|".join(word for word in JOINED if word.isalpha())
 FORMS = {  # in the order in which they are tried
-    "plain": rf"(?!(?:{SPLIT_WORDS}) )[a-z]+(?= )",  # most words: no other form has to be tried
     "bracket": r"-(?i:[lr][crs]b)-",
     "entity": "|".join([*ENTITIES, r"&\#\d+;"]),
     "capitals": r"[A-Z]+(?:[&+][A-Z]+)+",
@@ -80,6 +80,7 @@ FORMS = {  # in the order in which they are tried
     "site": r"(?i:www\.(?:[^\s\"<>|.!?(){},]+\.)+[a-z]{2,4}|(?:[^\W_]+\.)+(?:com|net|org|edu))(?!\.?[^\W_])"
     r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?",
     "handle": rf"@[A-Za-z_][A-Za-z_0-9]*|\#{L}+",
+    "face": r"\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)|[-^x=~<>']_[-^x=~<>']",
     "smiley": r"[<>]?[:;=][-o*']?[()DPdpO@|\\{}\[\]](?![A-Za-z0-9])",
     "phone": r"\(\d{2,3}\)[ ]?(?:\d{2,4}[- ])?\d{3,4}[- ]?\d{3,5}",
     "slashed": r"\d{1,4}[- ]\d{1,4}/\d{1,4}|[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",
@@ -107,27 +108,53 @@ FORMS = {  # in the order in which they are tried
     "newline": r"\n",
     "symbol": r"[^\s]",
 }
-SCANNER = re.compile("|".join(f"(?P<{name}>{form})" for name, form in FORMS.items()))
+SCANNER = re.compile("[^\\S\n]*+(?:" + "|".join(f"(?P<{name}>{form})" for name, form in FORMS.items()) + ")")
 UNREADABLE = re.compile(r"[^\u0000-\uffff]")  # emoji and the like vanish
+# Text between white space whose tokens depend on what stands beside it: tags, telephone numbers, fractions ("1 1/2"),
+# and what ends in a letter and a full stop, save for whole words that are no abbreviation before a number.
+ORDINARY_END = rf"(?!(?i:{NUMBERED_ABBREVIATIONS})\.)[A-Za-z]{{2,}}\.$"
+CONTEXT = re.compile(rf"<|\(\d|^\d{{1,4}}/\d|^(?!{ORDINARY_END}).*[A-Za-z]\.$")
+
+
+class Known(dict[str, list[str] | None]):
+    """Tokens of each text between white space, found at its first use; None where they depend on what is beside it."""
+
+    def __missing__(self, text: str) -> list[str] | None:
+        if text.isascii() and text.isalpha() and text.lower() not in JOINED:
+            tokens: list[str] | None = [text.lower()]
+        else:
+            tokens = None if CONTEXT.search(text) else _scan(text, 0)
+        self[text] = tokens
+        return tokens
 
 
 def tokenize(captions: Iterable[str]) -> list[list[str]]:
     """Lower-case tokens of each caption. The captions are scanned as one text, a line each, as the reference does:
     whether an initial at the end of a caption keeps its full stop depends on the next caption's first word."""
-    text = "\n".join(UNREADABLE.sub(" ", caption.replace("\n", " ")) for caption in captions)
-    lines: list[list[str]] = [[]]
-    for found in SCANNER.finditer(text):
-        if found.lastgroup == "newline":
-            lines.append([])
-        else:
-            lines[-1] += (token for token in _tokens(found.lastgroup, found[0]) if token not in DROPPED)
-    return lines
+    lines = [UNREADABLE.sub(" ", caption.replace("\n", " ")) for caption in captions]
+    text = "\n".join(lines)
+    known, tokens, start = Known(), [], 0
+    for line in lines:
+        found = [known[part] for part in line.split()]
+        parts = [part for part in found if part is not None]
+        tokens.append(list(chain.from_iterable(parts)) if len(parts) == len(found) else _scan(text, start))
+        start += len(line) + 1
+    return tokens
 
 
-def _tokens(form: str | None, text: str) -> list[str]:
+def _scan(text: str, start: int) -> list[str]:
+    """Tokens from a place in a text to the end of its line."""
+    tokens: list[str] = []
+    for found in SCANNER.finditer(text, start):
+        form = str(found.lastgroup)
+        if form == "newline":
+            break
+        tokens += (token for token in _tokens(form, found[form]) if token not in DROPPED)
+    return tokens
+
+
+def _tokens(form: str, text: str) -> list[str]:
     """What one match stands for. White space inside a token separates words to the metrics, so it does here."""
-    if form == "plain":
-        return [text]
     text = text.lower()
     if form == "joined":
         return JOINED[text.replace("\u2019", "'")].split()
@@ -136,7 +163,7 @@ def _tokens(form: str | None, text: str) -> list[str]:
         return [SYMBOLS.get(text, text)]
     if form == "run":
         return [text[0] if text[0] == "." or (text[0] == "-" and len(text) < 5) else text]
-    if form in ("smiley", "phone"):
+    if form in ("face", "smiley", "phone"):
         return "".join(SYMBOLS.get(character, character) for character in text).split()
     if form in ("negation", "suffix"):
         return [text.replace("\u2019", "'")]
