@@ -130,7 +130,7 @@ class Grams(NamedTuple):
     captions: Captions
     row: Integers  # the caption's number
     gram: Integers  # stands for the n-gram's words
-    count: Integers
+    times: Integers  # how often the caption has it
     kinds: int  # different n-grams of all captions
     first: int  # the first of a reference; what is before it belongs to the candidates
     last: int  # the first of a document
@@ -186,9 +186,9 @@ def _similarity(grams: Grams) -> Floats:
     captions, first, last = grams.captions, grams.first, grams.last
     images, references = captions.images, len(captions.owner)
     weight = _inverse_document_frequency(grams)[grams.gram]
-    norms = np.sqrt(np.bincount(grams.row, (grams.count * weight) ** 2, len(captions.words)))
+    norms = np.sqrt(np.bincount(grams.row, (grams.times * weight) ** 2, len(captions.words)))
     places, found = grams.in_candidate()
-    shared = np.minimum(grams.count[places], grams.count[first:last]) * grams.count[first:last]
+    shared = np.minimum(grams.times[places], grams.times[first:last]) * grams.times[first:last]
     products = np.where(found, shared * weight[first:last] ** 2, 0)
     product = np.bincount(grams.row[first:last] - images, products, references)
     scale = norms[captions.owner] * norms[captions.references]
@@ -225,8 +225,8 @@ def _clipped(grams: Grams) -> Integers:
     """N-grams of each candidate that a reference has, each counted at most as often as in one reference."""
     places, found = grams.in_candidate()
     most = np.zeros(grams.first, dtype=np.int64)
-    np.maximum.at(most, places[found], grams.count[grams.first : grams.last][found])
-    clipped = np.minimum(most, grams.count[: grams.first])
+    np.maximum.at(most, places[found], grams.times[grams.first : grams.last][found])
+    clipped = np.minimum(most, grams.times[: grams.first])
     return np.bincount(grams.row[: grams.first], clipped, grams.captions.images).astype(np.int64)
 
 
