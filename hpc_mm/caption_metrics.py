@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_mm import ptb_tokenizer
+from hpc_mm.rules import OPENFLAMINGO, Rules
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -75,10 +76,14 @@ def rouge_l_each(candidates: Texts, references: Sequence[Texts]) -> Floats:
 
 
 def caption_scores(
-    candidates: Texts, references: Sequence[Texts], documents: Sequence[Texts] | None = None, treebank: bool = True
+    predictions: Texts,
+    references: Sequence[Texts],
+    rules: Rules = OPENFLAMINGO,
+    documents: Sequence[Texts] | None = None,
 ) -> dict[str, Scored]:
-    """cider, bleu_1 to bleu_4 and rouge_l from one tokenisation: by ptb_tokenizer, or else at white space."""
-    captions = Captions.of(candidates, references, treebank, documents or ())
+    """cider, bleu_1 to bleu_4 and rouge_l of what a model wrote, cleaned by ``rules``, from one tokenisation."""
+    candidates = [rules.caption(text) for text in predictions]
+    captions = Captions.of(candidates, references, rules.treebank, documents or ())
     cider, rouge_l = _cider(captions), _rouge_l(captions)
     scores = {"cider": Scored(float(cider.mean()), cider)}
     for n, (score, each) in enumerate(zip(*(array.T for array in _bleu(captions)), strict=True), 1):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from hpc_mm.caption_metrics import (
     Scored,
@@ -66,7 +65,10 @@ def roc_auc(scores: ArrayLike, positive: Sequence[bool]) -> float:
     counted half (Mann and Whitney). ValueError without both kinds of items, or where a score is not finite."""
     values, truth = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
     positives, negatives = int(truth.sum()), int((~truth).sum())
-    if len(values) != len(truth) or not positives or not negatives or not np.isfinite(values).all():
-        raise ValueError(f"{len(values)} finite scores wanted for {positives} positive and {negatives} negative items")
-    above = float(rankdata(values)[truth].sum()) - positives * (positives + 1) / 2
-    return above / (positives * negatives)
+    if len(values) != len(truth) or not np.isfinite(values).all():
+        raise ValueError(f"{len(values)} scores for {len(truth)} items; each needs one, a finite number")
+    if not positives or not negatives:
+        raise ValueError(f"{positives} positive and {negatives} negative items; a ROC curve needs both")
+    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]  # of equal scores, the mean of their ranks
+    return float(ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * negatives)
