@@ -82,13 +82,14 @@ HYPHENED = (
     rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:{HYPHEN}(?:[A-Za-z](?:\.[A-Za-z])+\.|[dDoOlL]{A}{L}{{2,}}|[A-Za-z0-9]+))+"
     rf"|{WORD}(?:{HYPHEN}{N}+)+"
 )
+TAG = r"<[/!?]?[A-Za-z][^<>\n]*>"
 SPLIT_WORDS = "|".join(word for word in JOINED if word.isalpha())
 FORMS = {  # in the order in which they are tried
     "bracket": r"-(?i:[lr][crs]b)-",
     "entity": "|".join([*ENTITIES, r"&\#\d+;"]),
     "capitals": r"[A-Z]+(?:[&+][A-Z]+)+",
     "underscored": r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)+",
-    "tag": r"<[/!?]?[A-Za-z][^<>\n]*>",
+    "tag": TAG,
     "url": r"(?i:https?)://[^\s\"<>|()]*[^\s\"<>|.!?(){},-]",
     "email": r"[a-zA-Z0-9][^\s\"<>|(){}@]*@(?:[^\s\"<>|(){}.@]+\.)*[^\s\"<>|(){}.@]+",
     "site": r"(?:(?i:www\.(?:[^\s\"<>|.!?(){},]+\.)+[a-z]{2,4})"
@@ -113,7 +114,7 @@ FORMS = {  # in the order in which they are tried
     "before_curly": rf"{WORDS}(?=\u2019(?i:s|m|d|ll|ve|re))",
     "negation": rf"[nN]{A}[tT]",
     "acronym": rf"{L}(?:\.{L})+(?:\.(?!{L})|(?!{N}|\.{L}))|(?i:ph|ed)\.[dD](?:\.|(?!{N}))",
-    "initial_before_sentence": rf"[A-Za-z](?=\.\s+(?:{SENTENCE_STARTS}|{SENTENCE_STARTS.upper()})\s)",
+    "initial_before_sentence": rf"[A-Za-z](?=\.\s+(?:(?:{SENTENCE_STARTS}|{SENTENCE_STARTS.upper()})\s|{TAG}))",
     "initial": rf"[A-Za-z]\.(?!{L})",
     "abbreviation": rf"(?i:{ABBREVIATIONS})\.(?!{L})|(?:{CAPITAL_ABBREVIATIONS})\.(?!{L})"
     rf"|(?i:{NUMBERED_ABBREVIATIONS})\.(?=\s?\d)",

@@ -50,3 +50,35 @@ def test_tokens_by_hand(caption: str, tokens: str) -> None:
 def test_an_initial_before_the_next_captions_sentence() -> None:
     assert tokenize(["plan B.", "The dog"]) == [["plan", "b"], ["the", "dog"]]
     assert tokenize(["plan B.", "red dog"]) == [["plan", "b."], ["red", "dog"]]
+
+
+def test_each_character_of_every_script(java: None) -> None:
+    """All of the Basic Multilingual Plane but white space, controls and the digits that Unicode gained since."""
+    characters = [chr(i) for i in range(0x21, 0x10000) if not 0x7F <= i < 0xA0 and not 0xD800 <= i < 0xE000]
+    characters = [each for each in characters if not each.isspace() and each not in "\ufeff\u2028\u2029`\u058a"]
+    found = oracle_tokens([f"do{each}ox" for each in characters])
+    ours = tokenize([f"do{each}ox" for each in characters])
+    differ = [each for each, a, b in zip(characters, ours, found, strict=True) if a != b]
+    assert all(each.isdecimal() for each in differ)
+    assert len(differ) < 50
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        ["1 1/2", "plan B.", "<b x> y", "(555) 123 4567", "no. 7"],  # each has a part that depends on what is beside it
+        ["plan A.", "", "The dog", "fig.", "7 dogs"],
+    ],
+)
+def test_words_beside_each_other(java: None, captions: list[str]) -> None:
+    assert_equal_tokens(captions)
+
+
+def test_no_captions() -> None:
+    assert tokenize([]) == []
+
+
+@pytest.mark.chaos
+def test_tokens_of_a_hundred_thousand_captions(java: None) -> None:
+    random = Random(2)
+    assert_equal_tokens([written(random) for _ in range(100_000)])
