@@ -56,17 +56,16 @@ def stem(text: str) -> str:
     A word of the list of exceptions has its stem there; one that ends in "ing" becomes WordNet's verb; plural nouns, by
     NLTK's tagger, become singular. Missing data or packages are a ConfigError.
     """
-    words, lemma, singular = _tools()
-    return " ".join(
-        STEMS[word]
-        if word in STEMS
-        else lemma(word)
-        if word.endswith("ing")
-        else singular(word)
-        if tag.startswith("NNS")
-        else word
-        for word, tag in words(text)
-    )
+    tagged, lemma, singular = _tools()
+
+    def stem_of(word: str, tag: str) -> str:
+        if word in STEMS:
+            return STEMS[word]
+        if word.endswith("ing"):
+            return lemma(word)
+        return singular(word) if tag.startswith(("NNS", "NNPS")) else word
+
+    return " ".join(stem_of(word, tag) for word, tag in tagged(text))
 
 
 @cache
