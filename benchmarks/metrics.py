@@ -3,9 +3,9 @@
     python benchmarks/metrics.py [images=5000] [questions=214354] [rounds=3]
 
 Captions: five references per image, words as frequent as in English (Zipf), with capitals, full stops, commas, quotes
-and hyphens. pycocoevalcap's side includes its Java program that splits them, once for all three in the last line. Answers:
-ten per question, tens of thousands of different ones; the peer is VQAEval.evaluate of open_flamingo, the code that other
-evaluation suites have too. Both sides' scores are compared. The best round counts; that peer is measured once.
+and hyphens. pycocoevalcap's side includes its Java program that splits them, once for all three in the last line.
+Answers: ten per question, tens of thousands of different ones; the peer is VQAEval.evaluate of open_flamingo, which is
+the code of other evaluation suites too. Both sides' scores are compared. The best round counts; that peer has only one.
 """
 
 import contextlib
