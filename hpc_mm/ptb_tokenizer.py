@@ -83,6 +83,7 @@ HYPHENED = (
     rf"|{WORD}(?:{HYPHEN}{N}+)+"
 )
 TAG = r"<[/!?]?[A-Za-z][^<>\n]*>"
+SUFFIX = rf"{Q}(?i:(?:s|m|d)(?![A-Za-z])|(?:ll|ve|re)(?=[^A-Za-z]))"  # the longer ones not at the end of the text
 SPLIT_WORDS = "|".join(word for word in JOINED if word.isalpha())
 FORMS = {  # in the order in which they are tried
     "bracket": r"-(?i:[lr][crs]b)-",
@@ -97,16 +98,16 @@ FORMS = {  # in the order in which they are tried
     r"(?:/[^\s\"<>|()]+[^\s\"<>|.!?(){},-])?",
     "handle": rf"@[A-Za-z_][A-Za-z_0-9]*|\#{L}+",
     "face": r"\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)|[-^x=~<>']_[-^x=~<>']",
-    "smiley": r"[<>]?[:;=][-o*']?[()DPdpO@|\\{}\[\]](?![A-Za-z0-9])",
+    "smiley": r"[<>]?[:;=][-o*']?[()DPdpO@|\\{}\[\]](?=[^A-Za-z0-9])",
     "phone": r"\(\d{2,3}\)[ ]?(?:\d{2,4}[- ])?\d{3,4}[- ]?\d{3,5}"
-    r"|(?:\d{2,4}[- ])?\d{2,4}[- ]\d{3,4}[- ]?\d{3,5}(?!-[A-Za-z0-9])",
+    r"|(?=[\d-]+ \d)(?:\d{2,4}[- ])?\d{2,4}[- ]\d{3,4}[- ]?\d{3,5}",
     "slashed": r"\d{1,4}[- ]\d{1,4}/\d{1,4}|[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",
     "stopped": rf"(?:{HYPHENED}|{WORDS}|\d+)\.(?=[,;:])",
     "hyphened": HYPHENED,
     "negated": rf"{L}{N}*?(?=[nN]{A}[tT])",
-    "suffixed": rf"{WORDS}(?={Q}(?i:s|m|d|ll|ve|re)(?![A-Za-z]))|[yY]{Q}(?={L})",
+    "suffixed": rf"{WORDS}(?={SUFFIX})|[yY]{Q}(?={L})",
     "joined": rf"(?:(?i:{SPLIT_WORDS})|'(?i:tis|twas))(?!{N})",
-    "suffix": r"'(?i:s|m|d|ll|ve|re)(?![A-Za-z])|\u2019(?i:s|m|d|ll|ve|re)",
+    "suffix": rf"{SUFFIX}|\u2019(?i:s|m|d|ll|ve|re)",
     "elided": rf"(?:[dDoOlL]{A}{WORD}|[A-HJ-XZn]{A}{L}{L}+|{L}+[aeiouyAEIOUY]{A}[aeiouA-Z]{L}*)"
     rf"|(?i:c'mon|s'mores|ev'ry|li'l|nat'l|e'er|nor'easter|c{Q}est)"
     rf"|{Q}(?i:em|till?|cause)|{Q}[nN](?:{Q}|(?!{L}))|{Q}[2-9]0[sS]|{Q}\d\d(?=\s|$)"
@@ -145,7 +146,7 @@ class Known(dict[str, list[str] | None]):
         if text.isascii() and text.isalpha() and text.lower() not in JOINED:
             tokens: list[str] | None = [text.lower()]
         else:
-            tokens = None if CONTEXT.search(text) else _scan(text, 0)
+            tokens = None if CONTEXT.search(text) else _scan(f"{text} ", 0)
         self[text] = tokens
         return tokens
 
@@ -159,7 +160,8 @@ def tokenize(captions: Iterable[str]) -> list[list[str]]:
     for line in lines:
         found = [known[part] for part in line.split()]
         parts = [part for part in found if part is not None]
-        tokens.append(list(chain.from_iterable(parts)) if len(parts) == len(found) else _scan(text, start))
+        alone = len(parts) == len(found) and start + len(line) < len(text)
+        tokens.append(list(chain.from_iterable(parts)) if alone else _scan(text, start))
         start += len(line) + 1
     return tokens
 

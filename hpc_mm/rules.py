@@ -103,7 +103,7 @@ class Rules:
 OPENFLAMINGO = Rules("openflamingo", caption=_caption_before_next, answer=_answer_before_next)
 # lmms_eval/tasks/{textvqa,ok_vqa,vizwiz_vqa,coco_cap}/utils.py and _task_utils/vqa_eval_metric.py of lmms-eval 0.7.
 LMMS_EVAL = Rules("lmms-eval", compared=_lmms)
-# lmms_eval/tasks/vqav2/utils.py of 0.7; until 2025 it normalised only where the annotators' answers differed.
+# lmms_eval/tasks/vqav2/utils.py of 0.7; earlier versions normalised only where the annotators' answers differed.
 LMMS_EVAL_VQAV2 = replace(LMMS_EVAL, compared=partial(official, comma=COMMAS_IN_NUMBER))
 # vlmeval/dataset/{image_vqa,image_caption}.py and utils/vqa_eval.py: nothing is cut, captions are not tokenised.
 VLMEVALKIT = Rules("vlmevalkit", treebank=False)

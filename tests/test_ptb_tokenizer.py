@@ -74,6 +74,11 @@ def test_words_beside_each_other(java: None, captions: list[str]) -> None:
     assert_equal_tokens(captions)
 
 
+@pytest.mark.parametrize("last", ["who're", "she'll", "the dog's", "a smile :)", "plan B.", "no. 7", "1 1/2"])
+def test_the_end_of_the_text(java: None, last: str) -> None:
+    assert_equal_tokens(["a dog", last])
+
+
 def test_no_captions() -> None:
     assert tokenize([]) == []
 
