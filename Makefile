@@ -30,6 +30,7 @@ bench: .venv/all.stamp .venv-peers/peers.stamp
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/download.py
+	$(BIN)/python benchmarks/metrics.py
 
 # What a shared cluster, a killed process and a failing store do, done on purpose: most of an hour on the cluster of make cluster.
 chaos: .venv/all.stamp
@@ -52,7 +53,7 @@ clean:
 
 .venv/all.stamp: .venv/train.stamp
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[all]'
-	$(BIN)/pip install --quiet --no-deps open_flamingo==2.0.1
+	$(BIN)/pip install --quiet --no-deps open_flamingo==2.0.1 lmms-eval==0.7.3
 	touch $@
 
 # mosaicml-streaming, which plan.py measures, needs transformers and NumPy older than ours; img2dataset has needs of its own.

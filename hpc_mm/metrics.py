@@ -1,78 +1,74 @@
-"""Scores of model output: pure functions on lists."""
+"""Scores of model output: pure functions on lists. Captions', answers' and classes', with their intervals.
+
+``*_each`` gives a score per item; the function without it the benchmark's score.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.sparse import csr_array
+from numpy.typing import ArrayLike, NDArray
 
-from hpc_mm import ptb_tokenizer
+from hpc_mm.caption_metrics import (
+    Scored,
+    bleu,
+    bleu_each,
+    caption_scores,
+    cider,
+    cider_each,
+    rouge_l,
+    rouge_l_each,
+)
+from hpc_mm.intervals import Difference, Interval, mean_interval, paired_bootstrap
+from hpc_mm.rules import RULES, Rules, rules_of
+from hpc_mm.vqa_metrics import vqa_accuracy, vqa_accuracy_each
 
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float64]
-
-LONGEST = 4  # words of the longest n-gram
-SIGMA = 6.0  # words: width of the Gaussian that punishes a difference in length
-
-
-def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean CIDEr-D of all images on the scale of pycocoevalcap, 0 to 10; papers and our tables show it times 100.
-
-    The document frequencies come from ``references``, so scores of different image sets cannot be compared. They are
-    log(images / images that have the n-gram): with one image every score is 0. No image at all is a ValueError.
-    """
-    return float(cider_each(candidates, references).mean())
-
-
-def cider_each(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-    """CIDEr-D per image (Vedantam et al., arXiv 1411.5726, as pycocoevalcap computes it): one candidate and at least
-    one reference each, split into words by ptb_tokenizer.
-
-    Per n, the tf-idf vectors of candidate c and reference r score <min(c, r), r> / (|c| |r|), times
-    exp(-(length difference)^2 / (2 sigma^2)); the result is 10 times the mean over n = 1..4 and over the references.
-    """
-    images = len(candidates)
-    counts = np.array([len(captions) for captions in references])
-    if images == 0 or len(references) != images or (counts == 0).any():
-        raise ValueError(f"{images} candidates for {len(references)} images; each needs one, and a reference")
-    words = ptb_tokenizer.tokenize(candidates)
-    words += ptb_tokenizer.tokenize([caption for captions in references for caption in captions])
-    owner = np.repeat(np.arange(images), counts)  # of each reference
-    lengths = np.array([max(len(caption) - 1, 0) for caption in words])  # in bigrams, as the reference counts them
-    penalty = np.exp(-((lengths[owner] - lengths[images:]) ** 2) / (2 * SIGMA**2))
-    similarity = np.zeros(len(owner))
-    for rows, grams in n_grams(words):
-        similarity += _similarity(rows, grams, len(words), owner)
-    return np.asarray(10 * np.bincount(owner, similarity * penalty, images) / LONGEST / counts)
+__all__ = [
+    "RULES",
+    "Difference",
+    "Interval",
+    "Rules",
+    "Scored",
+    "accuracy",
+    "accuracy_each",
+    "bleu",
+    "bleu_each",
+    "caption_scores",
+    "cider",
+    "cider_each",
+    "mean_interval",
+    "paired_bootstrap",
+    "roc_auc",
+    "rouge_l",
+    "rouge_l_each",
+    "rules_of",
+    "vqa_accuracy",
+    "vqa_accuracy_each",
+]
 
 
-def n_grams(captions: Sequence[Sequence[str]]) -> Iterator[tuple[Integers, Integers]]:
-    """For n = 1..4, one entry per n-gram in the text: its caption's number, and a number that stands for its words."""
-    known: dict[str, int] = {}
-    words = np.array([known.setdefault(word, len(known)) for caption in captions for word in caption], dtype=np.int64)
-    row = np.repeat(np.arange(len(captions)), [len(caption) for caption in captions])
-    starts, grams = np.arange(len(words)), words
-    for n in range(1, LONGEST + 1):
-        yield row[starts], grams
-        longer = starts + n < len(words)
-        longer[longer] = row[starts[longer] + n] == row[starts[longer]]
-        starts = starts[longer]
-        grams = np.unique(grams[longer] * len(known) + words[starts + n], return_inverse=True)[1]
+def accuracy(predictions: Sequence[object], truth: Sequence[object]) -> float:
+    """Part of the predictions that equal the truth, 0 to 1."""
+    return float(accuracy_each(predictions, truth).mean())
 
 
-def _similarity(rows: Integers, grams: Integers, captions: int, owner: Integers) -> Floats:
-    """Of each reference to its image's candidate, before the penalty. The candidates are the first rows."""
-    images = captions - len(owner)
-    shape = (captions, int(grams.max(initial=0)) + 1)
-    vectors = csr_array((np.ones(len(rows)), (rows, grams)), shape=shape)  # equal entries are added up
-    in_reference = rows >= images
-    pairs = np.unique(owner[rows[in_reference] - images] * shape[1] + grams[in_reference])
-    document_frequency = np.bincount(pairs % shape[1], minlength=shape[1])
-    vectors.data *= (np.log(images) - np.log(np.maximum(document_frequency, 1)))[vectors.indices]
-    norms = np.sqrt(vectors.multiply(vectors).sum(axis=1))
-    candidate, reference = vectors[owner], vectors[images:]
-    product: Floats = candidate.minimum(reference).multiply(reference).sum(axis=1)
-    scale = norms[owner] * norms[images:]
-    return np.asarray(np.divide(product, scale, out=np.zeros(len(owner)), where=scale > 0))
+def accuracy_each(predictions: Sequence[object], truth: Sequence[object]) -> NDArray[np.float64]:
+    """1 where a prediction equals the truth, else 0. None at all, or lists of unequal length, are a ValueError."""
+    if not len(predictions) or len(predictions) != len(truth):
+        raise ValueError(f"{len(predictions)} predictions for {len(truth)} items; each needs one")
+    return np.array([float(ours == right) for ours, right in zip(predictions, truth, strict=True)])
+
+
+def roc_auc(scores: ArrayLike, positive: Sequence[bool]) -> float:
+    """Area under the ROC curve, 0 to 1: the probability that a positive item scores higher than a negative one, ties
+    counted half (Mann and Whitney). ValueError without both kinds of items, or where a score is not finite."""
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
+    positives, negatives = int(truth.sum()), int((~truth).sum())
+    if len(values) != len(truth) or not np.isfinite(values).all():
+        raise ValueError(f"{len(values)} scores for {len(truth)} items; each needs one, a finite number")
+    if not positives or not negatives:
+        raise ValueError(f"{positives} positive and {negatives} negative items; a ROC curve needs both")
+    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]  # of equal scores, the mean of their ranks
+    return float(ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * negatives)

@@ -1,5 +1,7 @@
 """What several tests share."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +27,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ["documents=60", "pairs=120", "heldout=8"]
     subprocess.run([sys.executable, "data_prep/shapes.py", f"out={store}", "seed=0", *sizes], check=True, cwd=ROOT)
     return store
+
+
+@pytest.fixture(scope="session")
+def java() -> None:
+    if shutil.which("java") is None:
+        if os.environ.get("HPC_MM_REQUIRE_CLUSTER") == "1":
+            pytest.fail("HPC_MM_REQUIRE_CLUSTER=1, but there is no java on PATH")
+        pytest.skip("no java on PATH; the oracle's tokenizer is written in it")

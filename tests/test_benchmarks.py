@@ -27,3 +27,10 @@ def test_gpu_on_a_cpu() -> None:
 def test_without_a_gpu_nothing_is_measured() -> None:
     if not torch.cuda.is_available():
         assert output("benchmarks/gpu.py") == "no GPU here: nothing was measured\n"
+
+
+def test_metrics(java: None) -> None:
+    """Ends with an error where the scores of the two sides differ."""
+    found = output("benchmarks/metrics.py", "images=60", "questions=300", "rounds=1")
+    assert found.count("times pycocoevalcap") == 4
+    assert found.count("times open_flamingo") == 1
