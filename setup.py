@@ -11,7 +11,10 @@ TRAIN = [
     "safetensors>=0.4",
     "wandb",
 ]
-EVAL: list[str] = []
+EVAL = [
+    "nltk>=3.9",  # OK-VQA's stems, as OpenFlamingo makes them
+    "inflection>=0.5.1",  # likewise
+]
 DEV = [
     "hypothesis",
     "mypy>=1.15",
@@ -20,6 +23,7 @@ DEV = [
     "types-PyYAML",
     "boto3-stubs[s3]",
     "scipy-stubs",
+    "scikit-learn",  # what our ROC-AUC is compared with
     "awscli",  # an S3 client of other people's
     "imagehash",  # oracle of our perceptual hashes
     "webdataset",  # our shards must be readable by it
