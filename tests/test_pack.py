@@ -192,22 +192,28 @@ def test_shards_that_are_gone_are_made_again(tmp_path: Path) -> None:
     assert content(out) == before
 
 
-def test_a_launch_that_sees_other_images_mixes_nothing(tmp_path: Path) -> None:
-    """The first stands still between two files that it writes, while images come and a second packs them."""
+@pytest.mark.parametrize("word", ["", "1"])
+@pytest.mark.parametrize(
+    "moments", [range(1, 40, 5), range(15, 18), pytest.param(range(1, 1000), marks=pytest.mark.chaos)]
+)
+def test_a_launch_that_sees_other_images_mixes_nothing(tmp_path: Path, moments: range, word: str) -> None:
+    """The first stands still between two changes that it makes, while images come and a second packs them."""
     where, out = corpus(tmp_path), tmp_path / "out"
     put(tmp_path / "images", *MENDED)
     expected = undisturbed(tmp_path, where)
-    for moment in range(1, 16, 2):
+    for moment in moments:
         for name in MENDED:
             (tmp_path / "images" / image_key(name)).unlink()
         first = disturbed(moment, signal.SIGSTOP, tmp_path, {**where, "out": out})
-        os.waitpid(first, os.WUNTRACED)
+        if not os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1]):
+            assert moment > 17, "it has fewer moments"
+            break
         put(tmp_path / "images", *MENDED)
-        assert run("cc3m", **where, out=out) == 0
+        assert run("cc3m", **where, out=out, recheck=word) == 0
         os.kill(first, signal.SIGCONT)
         assert ended(first) == 0
         captions(out)
-        assert run("cc3m", **where, out=out, recheck="1") == 0
+        assert run("cc3m", **where, out=out, recheck="2") == 0
         assert shards(content(out)) == shards(expected)
         shutil.rmtree(out)
 
