@@ -261,7 +261,8 @@ def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, 
             continue
         from hpc_mm.arrays import run_tasks
 
-        pack.check_first(options, *first_part(options))  # once: a file on the web is copied, a mistake told
+        if stage == "pack":  # once for all tasks: a file on the web is copied, a mistake told
+            pack.check_first(options, *first_part(options))
         code = run_tasks([sys.executable, *script_words(words, options)], stage, options.tasks)
         if code:
             return code
