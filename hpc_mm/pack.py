@@ -370,7 +370,8 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
 
 def read_markers(options: Packing, out: Store, parts: Sequence[SourcePart]) -> list[dict[str, Any] | None]:
     kept = kept_options(options)
-    return [read_marker(out, part, kept) for part in parts]
+    with ThreadPoolExecutor(options.reads, "marker") as threads:
+        return list(threads.map(lambda part: read_marker(out, part, kept), parts))
 
 
 def declare(
@@ -382,10 +383,11 @@ def declare(
     that were declared, whoever writes one later also lists and declares later, and mends what is missing then.
     """
     for _ in range(DECLARED):
+        markers = read_markers(options, out, parts)
         part_of = {entry.key: found[1] for entry in out.list() if (found := SHARD.fullmatch(entry.key))}
         whole = [
             marker if marker is not None and is_there(marker, part_of) else do(part)
-            for part, marker in zip(parts, read_markers(options, out, parts), strict=True)
+            for part, marker in zip(parts, markers, strict=True)
         ]
         counts = sum((Counter(marker["counts"]) for marker in whole), Counter[str]())
         refuse_nothing(options, counts)

@@ -34,7 +34,7 @@ from hpc_mm.site import read_site
 
 STAGES = ("plan", "fetch", "pack", "verify")
 SHARED = ("fetch", "pack")  # stages that several tasks divide
-RECODED = "recode.json"  # in a store of images, how they were made; no SHA-256 is such a key
+RECODED = ".recode.json"  # in a store of images, how they were made; hidden in a folder, and no SHA-256
 
 
 class Preparation(pack.Packing):

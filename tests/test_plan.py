@@ -101,7 +101,7 @@ def test_nothing_to_fetch_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     write_lines(tmp_path / "in.jsonl", [{"caption": "a", "url": None}])
     assert run("cc3m", source=tmp_path / "in.jsonl", out=tmp_path / "out", stage="plan", tasks=6) == 0
     assert capsys.readouterr().out == "1 files name 0 images by URL: nothing is to fetch\n"
-    assert not (tmp_path / "images" / "recode.json").exists(), "it has no say in how images are made"
+    assert not (tmp_path / "images" / ".recode.json").exists(), "it has no say in how images are made"
 
 
 def test_images_of_another_recode_are_not_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_images_of_another_recode_are_not_shared(tmp_path: Path, capsys: pytest.
     other = {**values, "images": tmp_path / "others", "out": tmp_path / "third"}
     assert run("cc3m", **other, **{"recode.size": 128}) == 0
     assert run("cc3m", **{**other, "out": tmp_path / "fourth"}) == 0, "a size that nothing has"
-    (tmp_path / "others" / "recode.json").write_text('{"resize": "border"}')
+    (tmp_path / "others" / ".recode.json").write_text('{"resize": "border"}')
     capsys.readouterr()
     assert run("cc3m", **{**other, "stage": "fetch"}, **{"recode.size": 128}) == 2
     assert "recode.resize: border -> none" in capsys.readouterr().err, "another plan was faster"
