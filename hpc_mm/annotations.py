@@ -14,6 +14,7 @@ import sys
 import zipfile
 import zlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -95,9 +96,9 @@ class Published:
             raise DamagedFile(f"{where} is damaged: {type(error).__name__}: {error}") from error
 
 
-def published(address: str) -> Published:
-    """What lies at an address: one such file, or a folder of them."""
-    store, only = open_source(address, ENDINGS)
+def published(address: str, out: str) -> Published:
+    """What lies at an address: one such file, or a folder of them. ``out``: where a copy of one on the web is kept."""
+    store, only = open_source(address, ENDINGS, out)
     places: dict[str, list[tuple[str, str]]] = {}
     for key in [only] if only else [entry.key for entry in store.list() if entry.key.endswith(ENDINGS)]:
         members = json_members(store, key) if key.endswith(".zip") else [""]
@@ -138,7 +139,7 @@ class Benchmark(prepare.NamedImages):
         return [known[name] for name in names]
 
     def parts(self) -> tuple[Store, list[SourcePart]]:
-        files = published(self.source)
+        files = published(self.source, self.out)
         parts = []
         for split in self.wanted():
             names = chosen(split, files)
@@ -152,7 +153,7 @@ class Benchmark(prepare.NamedImages):
         return files.store, parts
 
     def records(self, store: Store, part: SourcePart) -> Iterator[Record | BrokenRecord]:
-        files = published(self.source)
+        files = published(self.source, self.out)
         split = next(split for split in self.SPLITS if split.name == part.split)
         names = chosen(split, files)
         where = " and ".join(names)
@@ -162,6 +163,9 @@ class Benchmark(prepare.NamedImages):
             raise DamagedFile(f"{where}: {error}") from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DamagedFile(f"{where}: not the published form ({type(error).__name__}: {error})") from None
+        twice = [name for name, count in Counter(record["id"] for record in found).items() if count > 1]
+        if twice:
+            raise DamagedFile(f"{where}: several images have the id {twice[0]}")
         yield from (Record(record, f"{where} image {record['id']}") for record in found)
 
     @abstractmethod

@@ -6,10 +6,10 @@ import json
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, model_validator
@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from hpc_mm.config import ConfigError, Part, Positive
 from hpc_mm.data.documents import BrokenRecord, Record
 from hpc_mm.data.filters import Filtering, Filters
+from hpc_mm.data.pace import Pace
 from hpc_mm.data.parts import Moment, SourcePart, have_come, looked_again, read_marker, write_marker
 from hpc_mm.data.records import ENDINGS, DamagedFile, WrongColumns, check_columns, holds_records, read_records
 from hpc_mm.data.schema import Sample, image_key
@@ -29,7 +30,9 @@ FETCHED = "fetched"  # in it, URLs by what became of them
 AHEAD = 64  # records whose images are being read
 HELD = 128 * 2**20  # bytes of images that have been read ahead, above which no further record is begun
 QUEUED = 2  # images that have not come, whose sizes nobody knows yet, as a multiple of those that are read at once
-NAMED = 3  # places of each mistake that are told
+LEFT_OUT = "left out: "  # starts the names of counts of records
+NAMED = 3  # places of each reason that are told
+DECLARED = 9  # times at most that a launch declares what others go on changing
 SHARD = re.compile(rf"([A-Za-z0-9-]+)-\d{{6,}}-[0-9a-f]{{{DIGITS}}}\.tar({re.escape(INDEX)})?")
 
 
@@ -65,7 +68,7 @@ class Packing(Part):
 
     def parts(self) -> tuple[Store, list[SourcePart]]:
         """The store of the source and what of it is done or not done as a whole."""
-        return source_parts(self.source)
+        return source_parts(self.source, self.out)
 
     def records(self, store: Store, part: SourcePart) -> Iterator[Record | BrokenRecord]:
         """The records of a part, in order."""
@@ -112,9 +115,12 @@ Arrange = Callable[[Record, str, Mapping[str, bytes], Options], Sample]
 # ---------------------------------------------------------------- the parts
 
 
-def source_parts(address: str) -> tuple[Store, list[SourcePart]]:
-    """The store and the files of records at an address, which is one such file or a folder of them."""
-    store, name = open_source(address, ENDINGS)
+def source_parts(address: str, out: str) -> tuple[Store, list[SourcePart]]:
+    """The store and the files of records at an address, which is one such file or a folder of them.
+
+    ``out``: where a copy of a file on the web is kept.
+    """
+    store, name = open_source(address, ENDINGS, out)
     if name:
         return store, [SourcePart(name, store.size(name) or 0)]
     parts = [SourcePart(entry.key, entry.size) for entry in store.list() if holds_records(entry.key)]
@@ -224,6 +230,23 @@ class ReadAhead:
         return found
 
 
+@dataclass(frozen=True)
+class Tally:
+    """What became of the records of a part."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)  # the first that were left out, by reason
+
+    def leave_out(self, reason: str, place: str) -> None:
+        self.counts[LEFT_OUT + reason] += 1
+        self.name(LEFT_OUT + reason, place)
+
+    def name(self, counted: str, place: str) -> None:
+        places = self.places.setdefault(counted.removeprefix(LEFT_OUT), [])
+        if len(places) < NAMED:
+            places.append(place)
+
+
 def pack_part(
     store: Store,
     part: SourcePart,
@@ -234,14 +257,14 @@ def pack_part(
     images: Store,
     filtering: Filtering,
     moment: Moment,
+    pace: Pace,
 ) -> dict[str, Any]:
     """Write the shards of one file of records, then its done marker, which is returned."""
     filtering.start_file()
-    counts: Counter[str] = Counter()
-    missing: set[str] = set()
-    places: dict[str, list[str]] = {}
+    tally, missing = Tally(), set[str]()
+    counts = tally.counts
     options.check(store, part)
-    records = options.records(store, part)
+    records = pace.through(part, options.records(store, part))
     found = ReadAhead(lambda record: urls(record, options), images, options).fetched(records)
     with ShardWriter(out, part.name, options.shard_mb * 2**20, manifest=False) as writer, closing(found):
         for number, item in enumerate(found):
@@ -252,17 +275,15 @@ def pack_part(
                 found_images = bytes_of(item.images, counts, missing)
                 sample = arrange(item.record, f"{part.name}-{number:08d}", found_images, options)
             except BrokenRecord as reason:
-                counts[f"left out: {reason}"] += 1
-                place = reason.place or (item.record.place if isinstance(item, Fetched) else "")
-                if len(places.setdefault(str(reason), [])) < NAMED:
-                    places[str(reason)].append(place)
+                tally.leave_out(str(reason), reason.place or (item.record.place if isinstance(item, Fetched) else ""))
                 continue
             if not sample.images and not options.TEXT_ALONE:
-                counts["left out: no image"] += 1
+                tally.leave_out("no image", item.record.place)
                 continue
             kept, filtered = filtering(sample)
-            counts += filtered
+            counts.update(filtered)
             if kept is None:
+                tally.name(next(reason for reason in filtered if reason.startswith(LEFT_OUT)), item.record.place)
                 continue
             counts["samples"] += 1
             counts["images"] += len(kept.images)
@@ -272,7 +293,7 @@ def pack_part(
         "options": kept_options(options),
         "shards": [asdict(shard) for shard in writer.shards],
         "counts": dict(counts),
-        "places": places,
+        "places": tally.places,
     }
     write_marker(out, part, marker, missing, moment)
     return marker
@@ -303,55 +324,90 @@ def pack(options: Options, urls: Urls[Options], arrange: Arrange[Options]) -> di
     """Do this task's parts that are to do; the counts of the whole corpus once all of its parts are done.
 
     The task that finds every part done writes the statistics and then the manifest, which declares the corpus whole.
-    A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task.
+    A damaged file or one that its store does not give is told, the others are done, and DamagedFile ends the task. A
+    task that has no part leaves the corpus to those that have.
     """
     store, parts = options.parts()
+    mine = list(dict.fromkeys(part for i, part in enumerate(parts) if options.task in (None, i % options.tasks)))
+    if not mine:
+        print(f"there are {len(parts)} files for {options.tasks} tasks: none is of task {options.task}")
+        return None
     check_first(options, store, parts[0])
     out = open_store(options.out, make=True)
     images, filtering = open_store(options.images), Filtering(options.filters, options.WHOLE)
-    moment, kept = Moment.now(out, options.recheck), kept_options(options)
+    moment, kept, pace = Moment.now(out, options.recheck), kept_options(options), Pace(mine)
 
     def do(part: SourcePart) -> dict[str, Any]:
-        done = pack_part(store, part, out, options, urls, arrange, images, filtering, moment)
+        done = pack_part(store, part, out, options, urls, arrange, images, filtering, moment, pace)
         print(f"{part.key}: {summary(done['counts'])}")
         for reason, places in done["places"].items():
             print("".join(f"{place}: {reason}\n" for place in places), end="")
         return done
 
     failed: list[str] = []
-    mine = dict.fromkeys(part for i, part in enumerate(parts) if options.task in (None, i % options.tasks))
     for part in mine:
         marker = read_marker(out, part, kept)
         try:
             if marker is None or (moment.is_later(marker) and have_come(out, part, marker, images, options.reads)):
                 do(part)
-            elif moment.is_later(marker):
+                continue
+            pace.skip(part)
+            if moment.is_later(marker):
                 looked_again(out, part, marker, moment)
         except (DamagedFile, StoreError) as error:
             failed.append(f"{part.key}: {error}")
     if failed:
         raise DamagedFile("\n".join([*failed, f"{len(failed)} files are not done"]))
-    markers = [read_marker(out, part, kept) for part in parts]
     # Another task's part may wait for being done again: then the corpus is not as whole as it will be.
     whole = [
-        (part, marker)
-        for part, marker in zip(parts, markers, strict=True)
+        part
+        for part, marker in zip(parts, read_markers(options, out, parts), strict=True)
         if marker is not None and (part in mine or not moment.is_later(marker))
     ]
     print(f"{len(whole)} of {len(parts)} files are done")
-    return declare(options, out, whole, do) if len(whole) == len(parts) else None
+    return declare(options, out, parts, do) if len(whole) == len(parts) else None
+
+
+def read_markers(options: Packing, out: Store, parts: Sequence[SourcePart]) -> list[dict[str, Any] | None]:
+    kept = kept_options(options)
+    with ThreadPoolExecutor(options.reads, "marker") as threads:
+        return list(threads.map(lambda part: read_marker(out, part, kept), parts))
 
 
 def declare(
-    options: Packing,
-    out: Store,
-    markers: list[tuple[SourcePart, dict[str, Any]]],
-    do: Callable[[SourcePart], dict[str, Any]],
+    options: Packing, out: Store, parts: Sequence[SourcePart], do: Callable[[SourcePart], dict[str, Any]]
 ) -> dict[str, int]:
-    """Write statistics and manifest of parts that are done, and delete the shards that they have no more."""
-    part_of = {entry.key: found[1] for entry in out.list() if (found := SHARD.fullmatch(entry.key))}
-    whole = [marker if is_there(marker, part_of) else do(part) for part, marker in markers]
-    counts = sum((Counter(marker["counts"]) for marker in whole), Counter[str]())
+    """Write statistics and manifest of parts that are done, and delete the shards that they have no more.
+
+    Another launch may write markers meanwhile. So the markers are read again after the last change: if they are those
+    that were declared, whoever writes one later also lists and declares later, and mends what is missing then.
+    """
+    for _ in range(DECLARED):
+        markers = read_markers(options, out, parts)
+        part_of = {entry.key: found[1] for entry in out.list() if (found := SHARD.fullmatch(entry.key))}
+        whole = [
+            marker if marker is not None and is_there(marker, part_of) else do(part)
+            for part, marker in zip(parts, markers, strict=True)
+        ]
+        counts = sum((Counter(marker["counts"]) for marker in whole), Counter[str]())
+        refuse_nothing(options, counts)
+        write_stats(out, counts)
+        shards = [ShardInfo(**shard) for marker in whole for shard in marker["shards"]]
+        write_manifest(out, shards)
+        if read_markers(options, out, parts) != whole:
+            continue
+        kept, names = {shard.name for shard in shards}, {part.name for part in parts}
+        old = [key for key, name in part_of.items() if name in names and key.removesuffix(INDEX) not in kept]
+        for key in old:
+            out.delete(key)
+        if not old or read_markers(options, out, parts) == whole:
+            print(f"{options.out}: {summary(counts)}")
+            return dict(counts)
+    raise ConfigError(f"{options.out}: other launches go on changing it; let them end, then the same command goes on")
+
+
+def refuse_nothing(options: Packing, counts: Mapping[str, int]) -> None:
+    """ConfigError where there is nothing to declare."""
     if not counts["records"]:
         raise ConfigError(f"source={options.source} holds no records")
     if not counts["samples"]:
@@ -359,15 +415,6 @@ def declare(
             f"{options.out}: no record became a sample ({summary(counts)}); where images={options.images} has been "
             "filled since, recheck=again looks again"
         )
-    write_stats(out, counts)
-    shards = [ShardInfo(**shard) for marker in whole for shard in marker["shards"]]
-    write_manifest(out, shards)
-    kept, names = {shard.name for shard in shards}, {part.name for part, _ in markers}
-    for key, name in part_of.items():
-        if name in names and key.removesuffix(INDEX) not in kept:
-            out.delete(key)
-    print(f"{options.out}: {summary(counts)}")
-    return dict(counts)
 
 
 def is_there(marker: Mapping[str, Any], listed: Collection[str]) -> bool:

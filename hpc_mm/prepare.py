@@ -21,6 +21,7 @@ from hpc_mm import pack
 from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown, validated, with_overrides
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.filters import Filters
+from hpc_mm.data.pace import Pace
 from hpc_mm.data.parts import SourcePart, changes
 from hpc_mm.data.recode import Recode
 from hpc_mm.data.records import DamagedFile
@@ -33,6 +34,7 @@ from hpc_mm.site import read_site
 
 STAGES = ("plan", "fetch", "pack", "verify")
 SHARED = ("fetch", "pack")  # stages that several tasks divide
+RECODED = ".recode.json"  # in a store of images, how they were made; hidden in a folder, and no SHA-256
 
 
 class Preparation(pack.Packing):
@@ -58,10 +60,10 @@ class Preparation(pack.Packing):
     @classmethod
     def images_lie_somewhere(cls, values: dict[str, Any]) -> dict[str, Any]:
         out = str(values.get("out", "")).rstrip("/")
-        folder = out.rpartition("/")[0] or "."
+        folder, slash, _ = out.rpartition("/")
         if folder.endswith("/"):  # out is a whole bucket
             folder = out
-        return {**values, "images": values.get("images") or f"{folder}/images"}
+        return {**values, "images": values.get("images") or f"{folder or ('' if slash else '.')}/images"}
 
     @field_validator("filters")
     @classmethod
@@ -134,15 +136,20 @@ def plan(options: Preparation, corpus: Corpus[Any]) -> Plan:
     """List what is to fetch, unless that is done; what the source has now must be what it was made from."""
     store, parts = options.parts()
     pack.check_first(options, store, parts[0])
-    out, made_from = open_store(options.out, make=True), {part.key: part.bytes for part in parts}
+    out, images = open_store(options.out, make=True), open_store(options.images, make=True)
+    made_from = {part.key: part.bytes for part in parts}
     found = read_plan(out)
     if found is None:
-        images = open_store(options.images, make=True)
+        check_recode(images, options, claim=False)  # before there is a plan to throw away
         urls = all_urls(options, corpus)
         found = make_plan(urls, made_from, planned_options(options), images, out, options.part_urls)
     if found.made_from != made_from:
         raise ConfigError(f"{options.out} holds a plan of other files than source={options.source}: use another out")
     check_plan(found, options)
+    if not found.wanted:
+        print(f"{len(parts)} files name {found.named} images by URL: nothing is to fetch")
+        return found
+    check_recode(images, options, claim=True)
     print(
         f"{len(parts)} files name {found.named} images by URL, {found.unique} of them different: {found.present} are "
         f"in {options.images}, {found.wanted} on {found.hosts} hosts are to fetch, in {len(found.parts)} parts"
@@ -167,14 +174,33 @@ def check_plan(found: Plan, options: Preparation) -> None:
         raise ConfigError(f"{options.out} holds a plan with other values ({'; '.join(changed)}): use another out")
 
 
+def check_recode(images: Store, options: Preparation, claim: bool) -> None:
+    """ConfigError where the store has images of another recode. ``claim``: what is fetched into it now is of this one.
+
+    Stores that something else has filled do not tell.
+    """
+    mine = options.recode.model_dump(mode="json")
+    if options.recode.resize == "none":  # then no image has a size or a quality of ours
+        mine = {name: mine[name] for name in ("resize", "max_pixels")}
+    try:
+        known = json.loads(images.read(RECODED))
+    except MissingKey:
+        if claim:
+            images.write(RECODED, json.dumps(mine).encode())
+        return
+    changed = changes(known, mine, "recode.")
+    if changed:
+        raise ConfigError(f"{images.address} holds images made otherwise ({'; '.join(changed)}): use another images=")
+
+
 def all_urls(options: Preparation, corpus: Corpus[Any]) -> Iterator[str]:
     """The URLs of all files. Every file is looked at before DamagedFile names those that cannot be read."""
     store, parts = options.parts()
-    damaged = []
+    pace, damaged = Pace(parts), []
     for part in parts:
         try:
             options.check(store, part)
-            for record in options.records_with_urls(store, part):
+            for record in pace.through(part, options.records_with_urls(store, part)):
                 if isinstance(record, BrokenRecord):
                     continue  # pack counts it
                 with suppress(BrokenRecord):  # likewise
@@ -195,10 +221,12 @@ def fetch(options: Preparation) -> None:
         raise ConfigError(f"{options.out} has no plan: stage=plan comes before stage=fetch")
     check_plan(found, options)
     parts = [part for part in found.parts if options.task is None or part.group % options.tasks == options.task]
+    images = open_store(options.images, make=True)
+    check_recode(images, options, claim=bool(parts))
     from hpc_mm.download import fetch as download
 
     retry = [word for word in options.retry.split(",") if word]
-    tally = download(parts, out, open_store(options.images, make=True), options.web, options.recode, retry)
+    tally = download(parts, out, images, options.web, options.recode, retry)
     print(f"fetched {tally.text()}")
 
 
@@ -233,6 +261,8 @@ def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, 
             continue
         from hpc_mm.arrays import run_tasks
 
+        if stage == "pack":  # once for all tasks: a file on the web is copied, a mistake told
+            pack.check_first(options, *first_part(options))
         code = run_tasks([sys.executable, *script_words(words, options)], stage, options.tasks)
         if code:
             return code

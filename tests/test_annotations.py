@@ -230,6 +230,15 @@ def test_part_of_a_benchmark_is_an_error(tmp_path: Path, capsys: pytest.CaptureF
     assert run("vqav2", **values) == 0
 
 
+def test_two_images_of_one_id_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("test", {"filename": f"7.{ending}"}) for ending in ("jpg", "png")]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps(karpathy(*rows)))
+    put_images(tmp_path, "7.jpg", "7.png")
+    assert run("flickr30k", source=tmp_path, images=tmp_path, out=tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert told.endswith("dataset_flickr30k.json: several images have the id 7\n1 files are not done\n")
+
+
 GOOD = vqa((10, 1), (20, 2))
 NAMED = {"questions": [{"question_id": 1, "image_id": "x", "question": "?"}]}
 

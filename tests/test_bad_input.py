@@ -5,9 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as clock_time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import samples
 from image_server import image_server
@@ -228,6 +233,41 @@ def test_words_that_are_not_the_scripts(
     assert run(name, **dict(word.split("=", 1) for word in words)) == 2
     told = capsys.readouterr().err
     assert told.startswith(answer) and told.count("\n") == 1
+
+
+def test_values_that_json_has_not_are_text(places: dict[str, Path]) -> None:
+    zone = timezone(timedelta(hours=2))
+    values = {
+        "seen": datetime(2024, 5, 6, 7, 8, 9, tzinfo=zone),
+        "day": date(2024, 5, 6),
+        "hour": clock_time(7, 8),
+        "age": timedelta(days=1, seconds=5),
+        "price": Decimal("1.50"),
+        "md5": b"\x00\xff",
+        "nested": [{"day": date(2024, 5, 6)}],
+    }
+    images = {"images": [URL], "texts": [None], "metadata": [{"day": date(2024, 5, 6)}]}
+    table = pyarrow.Table.from_pylist([{**images, "general_metadata": values}])
+    pyarrow.parquet.write_table(table, places["source"] / "a.parquet")
+    assert run("omnicorpus", **places) == 0
+    (sample,) = written(places["out"])
+    assert sample.images[0].facts["day"] == "2024-05-06"
+    assert sample.metadata["general_metadata"] == {
+        "seen": "2024-05-06T07:08:09+02:00",
+        "day": "2024-05-06",
+        "hour": "07:08:00",
+        "age": "1 day, 0:00:05",
+        "price": "1.50",
+        "md5": "AP8=",
+        "nested": [{"day": "2024-05-06"}],
+    }
+
+
+def test_a_date_beyond_every_calendar_is_told(places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    table = pyarrow.table({"URL": [URL], "TEXT": ["a"], "day": pyarrow.array([2**31 - 1], pyarrow.date32())})
+    pyarrow.parquet.write_table(table, places["source"] / "a.parquet")
+    code, _, told = prepared("laion", places, capsys)
+    assert code == 2 and "a.parquet is damaged: OverflowError: " in told
 
 
 # ---------------------------------------------------------------- disks

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -192,22 +193,33 @@ def test_shards_that_are_gone_are_made_again(tmp_path: Path) -> None:
     assert content(out) == before
 
 
-def test_a_launch_that_sees_other_images_mixes_nothing(tmp_path: Path) -> None:
-    """The first stands still between two files that it writes, while images come and a second packs them."""
+@pytest.mark.parametrize(
+    ("moments", "word"),
+    [
+        (range(1, 40, 7), ""),
+        (range(2, 40, 7), "1"),
+        (range(15, 18), "1"),
+        *(pytest.param(range(1, 1000), word, marks=pytest.mark.chaos) for word in ("", "1")),
+    ],
+)
+def test_a_launch_that_sees_other_images_mixes_nothing(tmp_path: Path, moments: range, word: str) -> None:
+    """The first stands still between two changes that it makes, while images come and a second packs them."""
     where, out = corpus(tmp_path), tmp_path / "out"
     put(tmp_path / "images", *MENDED)
     expected = undisturbed(tmp_path, where)
-    for moment in range(1, 16, 2):
+    for moment in moments:
         for name in MENDED:
             (tmp_path / "images" / image_key(name)).unlink()
         first = disturbed(moment, signal.SIGSTOP, tmp_path, {**where, "out": out})
-        os.waitpid(first, os.WUNTRACED)
+        if not os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1]):
+            assert moment > 17, "it has fewer moments"
+            break
         put(tmp_path / "images", *MENDED)
-        assert run("cc3m", **where, out=out) == 0
+        assert run("cc3m", **where, out=out, recheck=word) == 0
         os.kill(first, signal.SIGCONT)
         assert ended(first) == 0
         captions(out)
-        assert run("cc3m", **where, out=out, recheck="1") == 0
+        assert run("cc3m", **where, out=out, recheck="2") == 0
         assert shards(content(out)) == shards(expected)
         shutil.rmtree(out)
 
@@ -235,6 +247,37 @@ def test_two_launches_from_urls_to_shards(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- nothing at all, and too much
+
+
+def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first three of each reason, those that filters drop too."""
+    where = corpus(tmp_path)
+    assert run("cc3m", **where, out=tmp_path / "out", **{"filters.min_side": 9999}) == 2
+    told = capsys.readouterr().out
+    assert "part-0.jsonl line 4: no image\n" in told and "part-2.jsonl line 5: no image\n" in told
+    assert re.findall(r"part-1.jsonl line \d: image left out", told) == [
+        f"part-1.jsonl line {line}: image left out" for line in (1, 3, 4)
+    ]
+    places = json.loads((tmp_path / "out/parts/part-1.json").read_text())["places"]
+    assert places["no image"] == ["part-1.jsonl line 2"] and len(places["image left out"]) == 3
+    assert run("cc3m", **where, out=tmp_path / "long", **{"filters.min_characters": 10}) == 2
+    assert "part-0.jsonl line 3: min_characters=10\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"), [("", "holds no records"), ('{"caption": "a", "url": "u/1"}\n', "became a sample")]
+)
+def test_an_empty_corpus_is_told_by_one_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, said: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(lines)
+    (tmp_path / "images").mkdir()
+    values = {"source": tmp_path / "in", "images": tmp_path / "images", "out": tmp_path / "out", "tasks": 3}
+    codes = [run("cc3m", **values, task=task) for task in (0, 1, 2)]
+    told = capsys.readouterr()
+    assert codes == [2, 0, 0] and told.err.count("\n") == 1 and said in told.err
+    assert "there are 1 files for 3 tasks: none is of task 2\n" in told.out
 
 
 def test_a_corpus_without_samples_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

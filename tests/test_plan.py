@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow
 import pyarrow.parquet
@@ -13,6 +15,7 @@ from scripts import run
 from hpc_mm import prepare
 from hpc_mm.data.documents import natural_urls
 from hpc_mm.data.records import read_records
+from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import FolderStore, open_store
 from hpc_mm.data.wanted import Plan, read_plan, read_urls
 
@@ -92,6 +95,79 @@ def test_tasks_without_work_are_told(
     assert (
         f"tasks={tasks}: all URLs of a host are one task's, so fetch has work for" in capsys.readouterr().out
     ) == idle
+
+
+def test_nothing_to_fetch_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path / "in.jsonl", [{"caption": "a", "url": None}])
+    assert run("cc3m", source=tmp_path / "in.jsonl", out=tmp_path / "out", stage="plan", tasks=6) == 0
+    assert capsys.readouterr().out == "1 files name 0 images by URL: nothing is to fetch\n"
+    assert not (tmp_path / "images" / ".recode.json").exists(), "it has no say in how images are made"
+
+
+def test_images_of_another_recode_are_not_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = pairs(tmp_path)
+    small = {"recode.resize": "center_crop", "recode.size": 64}
+    assert run("cc3m", **values, **small) == 0
+    values["out"] = tmp_path / "second"
+    for more, said in (({}, "resize: center_crop -> none"), ({**small, "recode.quality": 50}, "quality: 95 -> 50")):
+        assert run("cc3m", **values, **more) == 2
+        told = capsys.readouterr().err
+        assert f"{tmp_path}/images holds images made otherwise (recode.{said}" in told and told.count("\n") == 1
+        assert told.endswith("use another images=\n")
+    assert run("cc3m", **values, **small) == 0, "what was refused has left no plan"
+    other = {**values, "images": tmp_path / "others", "out": tmp_path / "third"}
+    assert run("cc3m", **other, **{"recode.size": 128}) == 0
+    assert run("cc3m", **{**other, "out": tmp_path / "fourth"}) == 0, "a size that nothing has"
+    (tmp_path / "others" / ".recode.json").write_text('{"resize": "border"}')
+    capsys.readouterr()
+    assert run("cc3m", **{**other, "stage": "fetch"}, **{"recode.size": 128}) == 2
+    assert "recode.resize: border -> none" in capsys.readouterr().err, "another plan was faster"
+
+
+@pytest.mark.parametrize(
+    ("out", "images"),
+    [
+        ("/x", "/images"),
+        ("/x/", "/images"),
+        ("x", "./images"),
+        ("a/x", "a/images"),
+        ("/a/x", "/a/images"),
+        ("s3://b", "s3://b/images"),
+        ("s3://b/x", "s3://b/images"),
+    ],
+)
+def test_images_lie_beside_the_shards(out: str, images: str) -> None:
+    assert prepare.Documents(source="in", out=out).images == images
+
+
+class Table(BaseHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        body = b"caption\thttp://h.org/%d\n" % len(self.asked)  # another one each time
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("first", ["plan", "pack"])
+def test_a_source_on_the_web_is_asked_for_once(tmp_path: Path, first: str) -> None:
+    """By all stages and tasks together."""
+    Table.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Table) as server:
+        threading.Thread(target=server.serve_forever).start()
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / image_key("http://h.org/1")).write_bytes(b"an image")
+        values = {"source": f"http://127.0.0.1:{server.server_port}/a.tsv", "out": tmp_path / "out", "tasks": 3}
+        codes = [run("cc3m", **values, stage=stage) for stage in (first, "pack")]
+        server.shutdown()
+    assert codes == [0, 0] and Table.asked == ["/a.tsv"]
+    assert json.loads((tmp_path / "out" / "stats.json").read_text())["samples"] == 1
 
 
 def test_every_image_of_a_document_is_planned(tmp_path: Path) -> None:

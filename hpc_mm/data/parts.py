@@ -22,6 +22,7 @@ from hpc_mm.data.records import ENDINGS
 from hpc_mm.data.store import MissingKey, Store, write_changed
 
 PARTS = "parts"  # folder of the done markers, one per source file
+DIGITS = 8  # of a digest in the name of a part that lost letters
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ class SourcePart:
         if self.split:
             return self.split
         ending = next(ending for ending in ENDINGS if self.key.endswith(ending))
-        return re.sub(r"[^A-Za-z0-9]+", "-", self.key.removesuffix(ending)).strip("-") or "part"
+        name = re.sub(r"[^A-Za-z0-9]+", "-", self.key.removesuffix(ending)).strip("-") or "part"
+        if self.key.isascii():
+            return name
+        # Letters were lost, by which files may differ. A name that is not UTF-8 on disk has surrogates.
+        return f"{name}-{hashlib.sha256(self.key.encode(errors='surrogatepass')).hexdigest()[:DIGITS]}"
 
     @property
     def made_from(self) -> str:

@@ -66,7 +66,7 @@ def read_records(
                 yield from tsv_rows(file, key, columns)
             else:
                 yield from json_lines(file, key)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, RuntimeError) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError, OverflowError, RuntimeError) as error:
         raise DamagedFile(f"{store.address}/{key} is damaged: {type(error).__name__}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -14,10 +15,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import date, timedelta
+from datetime import time as clock_time
+from decimal import Decimal
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
+from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
@@ -220,8 +225,20 @@ def members_of(sample: Sample) -> list[tuple[str, bytes]]:
             entry["image"] = f"{len(files)}.{image_suffix(part.data)}"
             files.append((entry["image"], part.data))
         parts.append({**entry, **role})
-    head = json.dumps({"parts": parts, "metadata": sample.metadata}, ensure_ascii=False, separators=(",", ":"))
+    facts = {"parts": parts, "metadata": sample.metadata}
+    head = json.dumps(facts, ensure_ascii=False, separators=(",", ":"), default=as_text)
     return [("json", head.encode(errors="replace")), *files]
+
+
+def as_text(value: Any) -> str:
+    """What a table may hold and JSON cannot: times in ISO 8601, bytes in base64, all else as Python prints it."""
+    if isinstance(value, date | clock_time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, timedelta | Decimal | UUID):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot stand in a shard")
 
 
 def image_suffix(data: bytes) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
-import shutil
 import tempfile
 import time
 import urllib.request
-from functools import lru_cache
 from pathlib import Path
 from typing import IO
 from urllib.parse import unquote, urlsplit
@@ -16,23 +15,22 @@ from hpc_mm.config import ConfigError
 from hpc_mm.data.store import Store, open_store
 
 WEB = ("http://", "https://")
+COPIES = "source"  # folder of what was on the web, in the store that is written
+DIGITS = 12  # of a digest of an address
 MOST = 2**34  # bytes of a file from the web
 SILENCE = 60  # seconds between two pieces of an answer
 SLOWEST = 2**14  # bytes per second on average after the first SILENCE seconds
 PIECE = 2**20  # bytes
 
 
-def open_source(address: str, endings: tuple[str, ...]) -> tuple[Store, str]:
+def open_source(address: str, endings: tuple[str, ...], out: str) -> tuple[Store, str]:
     """The store at an address, and the key that it names in it: empty for all of a folder.
 
-    What ends in one of the ``endings`` is one file. A file on the web is downloaded first, into a temporary folder that
-    is removed when the process ends. ConfigError where there is no such file.
+    What ends in one of the ``endings`` is one file. A file on the web is copied into the store at ``out`` once, whole,
+    and read there ever after, so all processes see the same bytes. ConfigError where there is no such file.
     """
     if address.startswith(WEB):
-        folder, name = downloaded(address)
-        if not name.endswith(endings):
-            raise ConfigError(f"source={address} is not one of {', '.join(endings)}")
-        return open_store(folder), name
+        return kept_copy(address, endings, out)
     if not address.endswith(endings):
         return open_store(snapshot(address)), ""
     parent, _, name = address.rpartition("/")
@@ -54,19 +52,27 @@ def snapshot(address: str) -> str:
     return str(found)
 
 
-@lru_cache
-def downloaded(address: str) -> tuple[str, str]:
-    """The folder and the name of a copy on this machine's disk (TMPDIR)."""
+def kept_copy(address: str, endings: tuple[str, ...], out: str) -> tuple[Store, str]:
+    """The store of the copy and its name. Files of one name have folders of their own, by the digest of the address."""
     name = Path(unquote(urlsplit(address).path)).name
-    if not name:
-        raise ConfigError(f"source={address} names no file")
-    folder = temporary_folder()
+    if not name.endswith(endings) or "\0" in name:
+        raise ConfigError(f"source={address} is not one of {', '.join(endings)}")
+    place = f"{COPIES}/{hashlib.sha256(address.encode()).hexdigest()[:DIGITS]}"
+    store = open_store(f"{out.rstrip('/')}/{place}", make=True)
+    if store.size(name) is None:
+        with tempfile.TemporaryDirectory(prefix="hpc_mm-source-") as folder:
+            download(address, Path(folder, "copy"))
+            if store.size(name) is None:  # else another process was faster
+                store.upload(name, Path(folder, "copy"))
+    return store, name
+
+
+def download(address: str, path: Path) -> None:
     try:
-        with urllib.request.urlopen(address, timeout=SILENCE) as answer, Path(folder, name).open("wb") as file:
+        with urllib.request.urlopen(address, timeout=SILENCE) as answer, path.open("wb") as file:
             copied(answer, file, answer.headers.get("Content-Length"))
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ConfigError(f"source={address}: {error}") from None
-    return folder, name
 
 
 def copied(answer: http.client.HTTPResponse, file: IO[bytes], promised: str | None) -> None:
@@ -82,13 +88,3 @@ def copied(answer: http.client.HTTPResponse, file: IO[bytes], promised: str | No
             raise OSError(f"{size} bytes in {seconds:.0f} s are too few to wait for it")
     if promised is not None and size != int(promised):
         raise OSError(f"it ended after {size} of {promised} bytes")
-
-
-@lru_cache
-def temporary_folder() -> str:
-    """One for each process, removed when it ends."""
-    import atexit
-
-    folder = tempfile.mkdtemp(prefix="hpc_mm-source-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
