@@ -46,9 +46,5 @@ def arrange(record: Record, sample_id: str, images: Mapping[str, bytes], options
 
 
 def facts(record: Record, options: Pairs) -> dict[str, Any]:
-    """Scores, sizes and the like under the names that the corpus gives them."""
-    return {
-        name: value
-        for name, value in record.items()
-        if name not in options.forms()[0] and isinstance(value, str | int | float)
-    }
+    """Scores, sizes and all else that is not empty, under the names that the corpus gives them."""
+    return {name: value for name, value in record.items() if name not in options.forms()[0] and value is not None}
