@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from hpc_mm.attempt import ENDED, WARNED
 
@@ -67,16 +68,31 @@ class Deadline:
         return WARNED if now + max(self._steps) + saves * save + self.margin > self.end else ""
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, so that no rank outlives a killed agent (Linux).
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """In this block SIGTERM is SystemExit with code 143, so that temporary files go; a second one ends all at once."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel send a signal when this process's parent ends, so that no rank outlives a killed agent (Linux).
 
     A parent that has named itself as LAUNCHER may even have ended before this call.
     """
     if sys.platform != "linux":
         return
     parent = int(os.environ.get(LAUNCHER, os.getppid()))
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
     if os.getppid() != parent:  # it ended before the call
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
