@@ -6,9 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NoReturn
 
 from hpc_mm.attempt import ENDED, WARNED
 
@@ -17,6 +19,7 @@ END_TIME = "HPC_MM_END_TIME"  # environment variable: when Slurm ends the job, i
 LAST_STEPS = 8  # the next step is taken to last as long as the slowest of these
 FIRST_SAVE = 60.0  # seconds, until a save has been measured
 MARGIN = 30.0  # seconds for ending all processes and for asking Slurm to requeue
+ONE_SIGNAL = 1.0  # seconds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -68,15 +71,28 @@ class Deadline:
         return WARNED if now + max(self._steps) + saves * save + self.margin > self.end else ""
 
 
+def terminate() -> NoReturn:
+    """End with the exit code of a process that SIGTERM has ended."""
+    sys.exit(128 + signal.SIGTERM)
+
+
 @contextmanager
-def ended_in_order() -> Iterator[None]:
-    """In this block SIGTERM is SystemExit with code 143, so that temporary files go; a second one ends all at once."""
+def ended_in_order(end: Callable[[], object] = terminate) -> Iterator[None]:
+    """In this block SIGTERM calls ``end``, by default SystemExit, so that temporary files go; another ends all at once.
 
-    def end(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sys.exit(128 + number)
+    What comes within a second is no other: the kernel sends one for each thread of a parent that ends.
+    """
+    first: list[float] = []
 
-    before = signal.signal(signal.SIGTERM, end)
+    def told(number: int, frame: object) -> None:
+        if not first:
+            first.append(time.monotonic())
+            end()
+        elif time.monotonic() - first[0] > ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, told)
     try:
         yield
     finally:

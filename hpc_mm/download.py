@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -26,6 +24,7 @@ from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store, StoreError
 from hpc_mm.data.wanted import Part, host_of, read_urls
 from hpc_mm.data.web import MISSING, NOT_AN_IMAGE, UNREACHABLE, Fetcher, Web
+from hpc_mm.deadline import ended_in_order, terminate
 
 PENDING = 2000  # URLs of a part that are under way or wait for their host's turn
 AT_ONCE = 4  # groups of parts, so that the last slow hosts of one do not hold up the others
@@ -293,28 +292,15 @@ def fetch(
     """
 
     async def run() -> Tally:
-        end_on_sigterm()
-        async with Fetcher(web, resolver, tasks) as fetcher:
-            return await Download(fetcher, out, images, recoding, retry).parts(parts)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        with ended_in_order(partial(loop.call_soon_threadsafe, task.cancel)):
+            async with Fetcher(web, resolver, tasks) as fetcher:
+                return await Download(fetcher, out, images, recoding, retry).parts(parts)
 
-    before = signal.getsignal(signal.SIGTERM)
     try:
         return asyncio.run(run())
     except asyncio.CancelledError:
-        sys.exit(128 + signal.SIGTERM)
+        terminate()
     except BaseExceptionGroup as errors:
         raise first(errors) from errors
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def end_on_sigterm() -> None:
-    """Let SIGTERM cancel this task, which has the loop; a second one ends the process at once."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-
-    def end() -> None:
-        loop.remove_signal_handler(signal.SIGTERM)
-        if task is not None:
-            task.cancel()
-
-    loop.add_signal_handler(signal.SIGTERM, end)

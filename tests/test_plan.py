@@ -166,6 +166,27 @@ def test_the_same_urls_of_a_table_and_of_lines(tmp_path: Path, script: str) -> N
     assert found == urls_of(tmp_path / "table-out") and len(found) >= 6
 
 
+ODD = ["HTTP://h.org/a", " http://h.org/b", "//h.org/c", "h.org/d", "", "data:image/png;base64,AA", "Https://h.org/e"]
+
+
+@pytest.mark.parametrize("script", ["cc3m", "obelics", "mmc4"])
+def test_no_url_is_left_out_for_its_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str) -> None:
+    """What is none is told by fetch, with its reason."""
+    records: list[dict[str, Any]] = {
+        "cc3m": [{"url": url, "caption": "a"} for url in ODD],
+        "obelics": [{"images": ODD, "texts": [None] * len(ODD)}],
+        "mmc4": [{"image_info": [{"raw_url": url} for url in ODD]}],
+    }[script]
+    write_lines(tmp_path / "in.jsonl", records)
+    if script == "mmc4":
+        records[0] |= {"text_list": ["a"], "similarity_matrix": [[1.0]] * len(ODD)}
+        write_lines(tmp_path / "in.jsonl", records)
+    values = {"source": tmp_path / "in.jsonl", "out": tmp_path / "out"}
+    assert run(script, **values, stage="plan") == 0
+    assert urls_of(tmp_path / "out") == sorted(ODD)
+    assert run(script, **values, stage="fetch", **{"web.allow": "127.0.0.0/8"}) == 0
+
+
 def test_a_plan_that_another_launch_has_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second lists the store while the first has fetched already; their parts never share a name."""
     values = pairs(tmp_path)
