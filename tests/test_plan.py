@@ -170,21 +170,30 @@ ODD = ["HTTP://h.org/a", " http://h.org/b", "//h.org/c", "h.org/d", "", "data:im
 
 
 @pytest.mark.parametrize("script", ["cc3m", "obelics", "mmc4"])
-def test_no_url_is_left_out_for_its_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str) -> None:
+def test_no_url_is_left_out_for_its_form(tmp_path: Path, script: str) -> None:
     """What is none is told by fetch, with its reason."""
     records: list[dict[str, Any]] = {
         "cc3m": [{"url": url, "caption": "a"} for url in ODD],
         "obelics": [{"images": ODD, "texts": [None] * len(ODD)}],
-        "mmc4": [{"image_info": [{"raw_url": url} for url in ODD]}],
+        "mmc4": [
+            {
+                "image_info": [{"raw_url": url} for url in ODD],
+                "text_list": ["a"],
+                "similarity_matrix": [[1.0]] * len(ODD),
+            }
+        ],
     }[script]
     write_lines(tmp_path / "in.jsonl", records)
-    if script == "mmc4":
-        records[0] |= {"text_list": ["a"], "similarity_matrix": [[1.0]] * len(ODD)}
-        write_lines(tmp_path / "in.jsonl", records)
-    values = {"source": tmp_path / "in.jsonl", "out": tmp_path / "out"}
-    assert run(script, **values, stage="plan") == 0
+    assert run(script, source=tmp_path / "in.jsonl", out=tmp_path / "out", stage="plan") == 0
     assert urls_of(tmp_path / "out") == sorted(ODD)
-    assert run(script, **values, stage="fetch", **{"web.allow": "127.0.0.0/8"}) == 0
+
+
+def test_names_of_files_are_not_planned(tmp_path: Path) -> None:
+    records = [{"file": name, "caption": "a"} for name in ("a.jpg", "b/c.jpg", *ODD[:2])]
+    write_lines(tmp_path / "in.jsonl", records)
+    values = {"source": tmp_path / "in.jsonl", "out": tmp_path / "out", "stage": "plan"}
+    assert run("cc3m", **values, file="file") == 0
+    assert urls_of(tmp_path / "out") == sorted(ODD[:2])
 
 
 def test_a_plan_that_another_launch_has_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

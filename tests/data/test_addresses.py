@@ -7,7 +7,15 @@ from hostile import Names
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_mm.data.addresses import AddressRefused, CheckedResolver, SystemResolver, is_nothing, literal, may_connect, refused
+from hpc_mm.data.addresses import (
+    AddressRefused,
+    CheckedResolver,
+    SystemResolver,
+    is_nothing,
+    literal,
+    may_connect,
+    refused,
+)
 
 INNER = [
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",

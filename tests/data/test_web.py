@@ -198,6 +198,8 @@ def fuzzed(server: Server) -> Iterator[tuple[Server, Callable[[str], Outcome]]]:
         ("http:///ok", "bad_url"),
         ("http://[::1/ok", "bad_url"),
         ("good.test/ok", "bad_url"),
+        ("//good.test:PORT/ok", "bad_url"),
+        ("data:image/png;base64,AA", "bad_url"),
         ("", "bad_url"),
         ("http://good.test:PORT/" + "a" * 8192, "bad_url"),
     ],
@@ -206,6 +208,11 @@ def test_urls_that_are_never_asked(server: Server, url: str, reason: str) -> Non
     (outcome,) = fetched([url.replace("PORT", str(server.port))])
     assert (outcome.reason, outcome.requests) == (reason, 0)
     assert not server.requests
+
+
+def test_urls_of_odd_forms_that_are_asked(server: Server) -> None:
+    urls = [f"{start}good.test:{server.port}/ok" for start in ("HTTP://", " http://", "\thttp://")]
+    assert [outcome.reason for outcome in fetched(urls)] == ["ok"] * 3
 
 
 def test_a_name_cannot_change_its_mind(server: Server) -> None:
@@ -262,7 +269,10 @@ def test_slow_dead_names_cost_the_others_nothing(
             return list(await asyncio.gather(*map(fetcher.fetch, urls)))
 
     found = zip(urls, asyncio.run(all_of_them()), strict=True)
-    assert Counter((".test" in url, outcome.reason) for url, outcome in found) == {(True, "ok"): 200, (False, reason): dead}
+    assert Counter((".test" in url, outcome.reason) for url, outcome in found) == {
+        (True, "ok"): 200,
+        (False, reason): dead,
+    }
 
 
 def look_up(seconds: float, host: str, port: int, **_: Any) -> list[Any]:
