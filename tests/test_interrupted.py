@@ -20,6 +20,7 @@ from hpc_mm.data.wanted import read_plan
 
 WORDS = ["tasks=2", "part_urls=300", "shard_mb=1"]
 URLS = 1500
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +83,20 @@ def stored(folder: Path) -> int:
     return sum(not path.name.startswith(".") for path in (folder / "images").iterdir())
 
 
-@pytest.mark.parametrize(("words", "code"), [([], 143), (["tasks=2"], -signal.SIGTERM)])
+@pytest.mark.parametrize(("words", "code"), [([], 143), (["tasks=2"], -signal.SIGTERM), (["batch"], 143)])
 def test_a_pack_that_is_told_to_end_leaves_no_temporary_files(
     undisturbed: tuple[Path, Path], tmp_path: Path, words: list[str], code: int
 ) -> None:
-    """A launcher ends at once, and its tasks after it."""
+    """A launcher ends at once, and its tasks after it; a batch script, which Slurm tells too, waits for them."""
     source, quiet = undisturbed
+    before = ["bash", "sbatch/data_prep.sbatch", "python"] if words == ["batch"] else [sys.executable]
+    words = [*before, *command(source, tmp_path / "run", "stage=pack", *(word for word in words if "=" in word))[1:]]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/images").symlink_to(quiet / "images")
-    process = started(command(source, tmp_path / "run", "stage=pack", *words), tmp_path / "temporary")
+    process = started(words, tmp_path / "temporary")
     while not list((tmp_path / "temporary").glob("hpc_mm-shard-*/*")):
         assert process.poll() is None
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM) if "bash" in words else process.terminate()
     said = process.communicate()[1]  # at the end of the last of them
     assert (said, process.returncode) == ("", code)
     assert not list((tmp_path / "temporary").glob("hpc_mm-*"))
@@ -104,7 +107,8 @@ def started(words: list[str], temporary: Path) -> subprocess.Popen[str]:
     temporary.mkdir(exist_ok=True)
     return subprocess.Popen(
         words,
-        env={**os.environ, "TMPDIR": str(temporary)},
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(temporary), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -172,6 +172,12 @@ def fuzzed(server: Server) -> Iterator[tuple[Server, Callable[[str], Outcome]]]:
         runner.run(fetcher.__aexit__())
 
 
+def test_a_server_ends_with_a_test_that_fails() -> None:
+    with pytest.raises(RuntimeError), guarded_server() as server:
+        raise RuntimeError
+    assert not server._thread.is_alive()
+
+
 # ---------------------------------------------------------------- addresses and names
 
 
