@@ -6,8 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NoReturn
 
 from hpc_mm.attempt import ENDED, WARNED
 
@@ -16,6 +19,7 @@ END_TIME = "HPC_MM_END_TIME"  # environment variable: when Slurm ends the job, i
 LAST_STEPS = 8  # the next step is taken to last as long as the slowest of these
 FIRST_SAVE = 60.0  # seconds, until a save has been measured
 MARGIN = 30.0  # seconds for ending all processes and for asking Slurm to requeue
+ONE_SIGNAL = 1.0  # seconds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -67,16 +71,44 @@ class Deadline:
         return WARNED if now + max(self._steps) + saves * save + self.margin > self.end else ""
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, so that no rank outlives a killed agent (Linux).
+def terminate() -> NoReturn:
+    """End with the exit code of a process that SIGTERM has ended."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def ended_in_order(end: Callable[[], object] = terminate) -> Iterator[None]:
+    """In this block SIGTERM calls ``end``, by default SystemExit, so that temporary files go; another ends all at once.
+
+    What comes within a second is no other: the kernel sends one for each thread of a parent that ends.
+    """
+    first: list[float] = []
+
+    def told(number: int, frame: object) -> None:
+        if not first:
+            first.append(time.monotonic())
+            end()
+        elif time.monotonic() - first[0] > ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, told)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel send a signal when this process's parent ends, so that no rank outlives a killed agent (Linux).
 
     A parent that has named itself as LAUNCHER may even have ended before this call.
     """
     if sys.platform != "linux":
         return
     parent = int(os.environ.get(LAUNCHER, os.getppid()))
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
     if os.getppid() != parent:  # it ended before the call
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)

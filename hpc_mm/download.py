@@ -23,7 +23,8 @@ from hpc_mm.data.recode import Recode, StoredImage, recode
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store, StoreError
 from hpc_mm.data.wanted import Part, host_of, read_urls
-from hpc_mm.data.web import NOT_AN_IMAGE, UNREACHABLE, Fetcher, Web
+from hpc_mm.data.web import MISSING, NOT_AN_IMAGE, UNREACHABLE, Fetcher, Web
+from hpc_mm.deadline import ended_in_order, terminate
 
 PENDING = 2000  # URLs of a part that are under way or wait for their host's turn
 AT_ONCE = 4  # groups of parts, so that the last slow hosts of one do not hold up the others
@@ -59,7 +60,10 @@ class Tally:
 
 
 class Download:
-    """One process that fetches groups of parts. ``retry``: classes of failures to fetch again; none = what is due."""
+    """One process that fetches groups of parts.
+
+    ``retry``: classes of failures to fetch again, or ``missing``, which is no failure; none = what is due.
+    """
 
     def __init__(self, fetcher: Fetcher, out: Store, images: Store, recoding: Recode, retry: Sequence[str]) -> None:
         self.fetcher, self.out, self.images = fetcher, out, images
@@ -69,6 +73,7 @@ class Download:
         self.decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
         self.tally = Tally()
         self.held = 0  # bytes
+        self.lost: set[str] = set()  # keys of images that were stored once
         self.later: dict[Part, float] = {}  # what hosts have put off, and the first end of a pause in unix seconds
 
     async def parts(self, parts: Sequence[Part]) -> Tally:
@@ -113,6 +118,8 @@ class Download:
         """Fetch what is to do of a part; ``again``: only what its hosts have put off."""
         ledger = await asyncio.to_thread(Ledger, self.out, part.name)
         urls = await asyncio.to_thread(read_urls, self.out, part)
+        if MISSING in self.retry and not again:
+            self.lost |= await self.lost_of(ledger)
         now = time.time()
         todo = [url for url in urls if self.wants(ledger.lines.get(image_key(url)), now, again)]
         if again:
@@ -135,16 +142,23 @@ class Download:
         unsure = ledger.begun  # what was stored in the seconds before a process died has no line yet
         await asyncio.to_thread(ledger.flush)
         over, waiting = asyncio.Event(), iter(todo)
-        flusher = asyncio.create_task(self.flushing(ledger, over))
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(min(PENDING, len(todo))):
-                    tasks.create_task(self.some(waiting, ledger, unsure))
-        finally:
-            over.set()
-            await flusher
+        async with asyncio.TaskGroup() as both:  # so a ledger that cannot be written ends the fetching
+            flusher = both.create_task(self.flushing(ledger, over))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for _ in range(min(PENDING, len(todo))):
+                        tasks.create_task(self.some(waiting, ledger, unsure))
+            finally:
+                over.set()
+                await asyncio.wait([flusher])
         whole = len(ledger.lines) == urls
         await asyncio.to_thread(ledger.finish if whole else ledger.flush)
+
+    async def lost_of(self, ledger: Ledger) -> set[str]:
+        """Keys of lines that are ok though the store has no such image any more: it is asked once for each."""
+        loop, keys = asyncio.get_running_loop(), [line.key for line in ledger.lines.values() if line.status == OK]
+        sizes = await asyncio.gather(*(loop.run_in_executor(self.threads, self.images.size, key) for key in keys))
+        return {key for key, size in zip(keys, sizes, strict=True) if size is None}
 
     def wants(self, line: Line | None, now: float, again: bool) -> bool:
         if line is None:
@@ -153,12 +167,14 @@ class Download:
             return False
         if again:
             return self.is_put_off(line)
-        return line.status == RETRY if not self.retry else line.status != OK and line.reason in self.retry
+        if line.status == OK:
+            return line.key in self.lost
+        return line.status == RETRY if not self.retry else line.reason in self.retry
 
     def is_put_off(self, line: Line) -> bool:
         """Whether a host that answers has asked for a pause, so that it may mend while this task runs."""
         asked = line.status == RETRY and line.retry_at is not None and line.reason not in UNREACHABLE
-        return asked and (not self.retry or line.reason in self.retry)
+        return asked and (not self.retry or line.reason in self.retry or line.key in self.lost)
 
     async def some(self, urls: Iterator[str], ledger: Ledger, unsure: bool) -> None:
         for url in urls:
@@ -232,7 +248,7 @@ class Download:
                 await asyncio.wait_for(over.wait(), FLUSH)
             try:
                 await asyncio.to_thread(ledger.flush)
-            except StoreError as error:  # its lines stay for the next time; at the end a failure counts
+            except StoreError as error:  # may pass: its lines stay for the next time; at the end a failure counts
                 print(f"the ledger waits: {error}", flush=True)
 
     async def report(self) -> None:
@@ -268,14 +284,23 @@ def fetch(
     recoding: Recode,
     retry: Sequence[str] = (),
     resolver: AbstractResolver | None = None,
+    tasks: int = 1,
 ) -> Tally:
-    """Fetch what is to do of these parts; what it came to. A store that fails raises, and what is stored stays."""
+    """Fetch what is to do of these parts; what it came to. A store that fails raises, and what is stored stays.
+
+    ``tasks``: processes that share a plan's parts. SIGTERM is SystemExit (143) after the ledgers are written.
+    """
 
     async def run() -> Tally:
-        async with Fetcher(web, resolver) as fetcher:
-            return await Download(fetcher, out, images, recoding, retry).parts(parts)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        with ended_in_order(partial(loop.call_soon_threadsafe, task.cancel)):
+            async with Fetcher(web, resolver, tasks) as fetcher:
+                return await Download(fetcher, out, images, recoding, retry).parts(parts)
 
     try:
         return asyncio.run(run())
+    except asyncio.CancelledError:
+        terminate()
     except BaseExceptionGroup as errors:
         raise first(errors) from errors

@@ -26,6 +26,9 @@ class Pairs(NamedImages):
     def url_columns(self) -> list[str]:
         return self.forms()[0]
 
+    def is_fetched(self, name: str) -> bool:
+        return NamedImages.is_fetched(self, name) if self.file else True
+
     def key(self, name: str) -> str:
         return NamedImages.key(self, name) if self.file else Preparation.key(self, name)
 

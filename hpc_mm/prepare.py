@@ -7,7 +7,9 @@ shards, ``verify`` checks what came out. Each skips what is done, so any of them
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -28,8 +30,8 @@ from hpc_mm.data.records import DamagedFile
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, checked, open_store
 from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
-from hpc_mm.data.web import MEANING, NOT_AN_IMAGE, Web
-from hpc_mm.deadline import die_with_parent
+from hpc_mm.data.web import MEANING, MISSING, NOT_AN_IMAGE, Web
+from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
 from hpc_mm.site import read_site
 
 STAGES = ("plan", "fetch", "pack", "verify")
@@ -50,7 +52,11 @@ class Preparation(pack.Packing):
     stage: Literal["all", "plan", "fetch", "pack", "verify"] = Field("all", description="what to do; all = in turn")
     cluster: Literal["auto", "slurm", "local", "print"] = Field("auto", description="auto = Slurm where sbatch is")
     name: str = Field("", description="of the Slurm jobs and of their folder; empty = the last part of out")
-    retry: str = Field("", description="fetch only what failed so, with commas: timeout,dns; empty = what is to do")
+    retry: str = Field(
+        "",
+        description="fetch only what failed so, with commas: timeout,dns; missing = what was fetched and is not in the "
+        "image store any more (asks it for each, HEAD); empty = what is to do",
+    )
     part_urls: Positive = Field(PART_URLS, description="URLs of a part of the plan")
     web: Web = Field(Web(), description="how URLs are asked for")
     recode: Recode = Field(Recode(), description="what becomes of an image on its way into the store")
@@ -80,10 +86,15 @@ class Preparation(pack.Packing):
     @field_validator("retry")
     @classmethod
     def reasons_are_known(cls, retry: str) -> str:
+        reasons = [*MEANING, NOT_AN_IMAGE, MISSING]
         for word in filter(None, retry.split(",")):
-            if word not in (*MEANING, NOT_AN_IMAGE) and not re.fullmatch(r"http_\d{3}", word):
-                raise ValueError(str(unknown("reason", word, [*MEANING, NOT_AN_IMAGE, "http_503"])))
+            if word not in reasons and not re.fullmatch(r"http_\d{3}", word):
+                raise ValueError(str(unknown("reason", word, [*reasons, "http_503"])))
         return retry
+
+    def is_fetched(self, name: str) -> bool:
+        """Whether an image that a record names is fetched: what is in a column of URLs, be it one or not."""
+        return True
 
 
 class Documents(Preparation):
@@ -107,6 +118,9 @@ class NamedImages(Preparation):
     images: str = Field("", description="folder or store of the image files under their names; of URLs, sha256(url)")
     strip: str = Field("", description="start of the records' image names that is not in the store: /data/images/")
 
+    def is_fetched(self, name: str) -> bool:
+        return is_url(name)
+
     def key(self, name: str) -> str:
         if is_url(name):
             return image_key(name)
@@ -118,7 +132,7 @@ class NamedImages(Preparation):
 
 
 def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    return name.strip().lower().startswith(("http://", "https://"))
 
 
 @dataclass(frozen=True)
@@ -206,7 +220,7 @@ def all_urls(options: Preparation, corpus: Corpus[Any]) -> Iterator[str]:
                 with suppress(BrokenRecord):  # likewise
                     names = corpus.urls(record, options)
                     pack.keys_of(names, options)
-                    yield from filter(is_url, names)
+                    yield from filter(options.is_fetched, names)
         except (DamagedFile, StoreError) as error:
             damaged.append(f"{part.key}: {error}")
     if damaged:
@@ -226,7 +240,8 @@ def fetch(options: Preparation) -> None:
     from hpc_mm.download import fetch as download
 
     retry = [word for word in options.retry.split(",") if word]
-    tally = download(parts, out, images, options.web, options.recode, retry)
+    tasks = min(options.tasks, max(found.groups, 1))
+    tally = download(parts, out, images, options.web, options.recode, retry, tasks=tasks)
     print(f"fetched {tally.text()}")
 
 
@@ -253,11 +268,13 @@ def run_stage(stage: str, options: Preparation, corpus: Corpus[Any]) -> None:
 
 def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, corpus: Corpus[Any]) -> int:
     """The stages in turn in this process, those that tasks share in a process per task."""
-    if options.task is not None:
-        die_with_parent()  # else a task whose launcher was killed would go on beside the next one
+    if options.task is not None and LAUNCHER in os.environ:
+        # Else a task whose launcher was killed would go on beside the next one; a task by hand has none.
+        die_with_parent(signal.SIGTERM)
     for stage in stages:
         if stage not in SHARED or options.tasks == 1 or options.task is not None:
-            run_stage(stage, options, corpus)
+            with ended_in_order():
+                run_stage(stage, options, corpus)
             continue
         from hpc_mm.arrays import run_tasks
 

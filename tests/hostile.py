@@ -349,9 +349,11 @@ GUARD = Guard()
 def guarded_server(*certificate: Path) -> Iterator[Server]:
     """A server for this process, which connects to nothing else. ``certificate``: its file, and that of its key."""
     server = Server(*certificate)
-    with GUARD.watching() as guard:
-        yield server
-    server.close()
+    try:
+        with GUARD.watching() as guard:
+            yield server
+    finally:  # its thread would keep the process from ending
+        server.close()
     assert guard.elsewhere == []
     assert server.peers[CANARY] == 0
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+import samples
+
 HOSTS = [f"127.0.0.{number}" for number in range(1, 9)]
 
 
@@ -52,6 +54,15 @@ def image_server(images: Path) -> Iterator[ImageServer]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@contextmanager
+def served_pictures(folder: Path) -> Iterator[ImageServer]:
+    """A server of 16 different pictures."""
+    for number in range(16):
+        (folder / f"{number:02d}.jpg").write_bytes(samples.encoded(samples.picture(number)))
+    with image_server(folder) as found:
+        yield found
 
 
 class Answers(asyncio.Protocol):

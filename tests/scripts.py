@@ -1,19 +1,24 @@
 """How tests run data_prep/ scripts and look at what they wrote."""
 
+import hashlib
 import json
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import webdataset
+from image_server import ImageServer
 
 from hpc_mm.data.schema import Image, Sample
 from hpc_mm.data.shards import check_shards, read_samples
 from hpc_mm.data.store import open_store
 
+WEB = ["web.allow=127.0.0.0/8", "cluster=local"]
 SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
 
 
@@ -53,3 +58,42 @@ def plainly_read(shards: list[Path]) -> Iterator[dict[str, Any]]:
 def told(part: Any) -> Any:
     """A part in short: the role and the text, or the role and the image's bytes."""
     return (part.role, part.data if isinstance(part, Image) else part.text)
+
+
+# ---------------------------------------------------------------- corpora of image_server, in processes
+
+
+def write_source(path: Path, server: ImageServer, count: int) -> Path:
+    lines = [json.dumps({"url": server.url(number), "caption": f"caption {number}"}) for number in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def command(source: Path, out: Path, *words: str) -> list[str]:
+    places = [f"source={source}", f"out={out}/out", f"images={out}/images"]
+    rate = [] if any(word.startswith("web.host_rate=") for word in words) else ["web.host_rate=0"]
+    return [sys.executable, str(SCRIPTS / "cc3m.py"), *places, *WEB, *rate, *words]
+
+
+def prepared(source: Path, out: Path, *words: str) -> str:
+    result = subprocess.run(command(source, out, *words), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def shards(out: Path) -> dict[str, str]:
+    """Every byte that training reads, by file."""
+    folder = out / "out"
+    files = [path for path in folder.iterdir() if path.name.endswith((".tar", ".json")) and path.name != "stats.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def running(*words: str) -> list[str]:
+    """The processes whose command lines hold all of this."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended since
+            line = file.read_text(errors="replace")
+            if all(word in line for word in words):
+                found.append(file.parent.name)
+    return found

@@ -91,3 +91,29 @@ def test_a_rank_dies_with_its_agent(tmp_path: Path) -> None:
         process.kill()
     while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
         time.sleep(0.01)
+
+
+ORDERLY = """
+import sys, time
+from hpc_mm.deadline import ended_in_order
+with ended_in_order():
+    try:
+        print("up", flush=True)
+        time.sleep(600)
+    finally:
+        print("down", flush=True)
+        time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.5, 143), (600.0, -signal.SIGTERM)])
+def test_sigterm_ends_in_order_and_again_at_once(seconds: float, code: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", ORDERLY, str(seconds)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        process.terminate()
+        assert process.stdout.readline() == "down\n"
+        process.terminate()  # at once: the same signal
+        while seconds > 1 and process.poll() is None:
+            process.terminate()
+            time.sleep(0.05)
+        assert process.wait() == code

@@ -2,18 +2,12 @@
 
 import hashlib
 import json
-import os
-import random
 import re
-import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,56 +29,27 @@ from hostile import (
     slow_body,
     whole,
 )
-from image_server import ImageServer, image_server
+from image_server import ImageServer, served_pictures
 from object_server import object_server
 from PIL import Image as Picture
 from PIL import PngImagePlugin
+from scripts import prepared, write_source
 
 from hpc_mm import download, prepare
+from hpc_mm.config import ConfigError
 from hpc_mm.data.ledger import Ledger, Line, from_parquet
 from hpc_mm.data.recode import Recode
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.shards import read_samples
-from hpc_mm.data.store import Store, open_store
+from hpc_mm.data.store import NONE, FolderStore, Store, open_store
 from hpc_mm.data.wanted import Plan, make_plan, read_plan
 from hpc_mm.data.web import Web
-
-ROOT = Path(__file__).resolve().parents[1]
-WEB = ["web.allow=127.0.0.0/8", "cluster=local"]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageServer]:
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(16):
-        (folder / f"{number:02d}.jpg").write_bytes(samples.encoded(samples.picture(number)))
-    with image_server(folder) as found:
+    with served_pictures(tmp_path_factory.mktemp("images")) as found:
         yield found
-
-
-def write_source(path: Path, server: ImageServer, count: int) -> Path:
-    lines = [json.dumps({"url": server.url(number), "caption": f"caption {number}"}) for number in range(count)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def command(source: Path, out: Path, *words: str) -> list[str]:
-    places = [f"source={source}", f"out={out}/out", f"images={out}/images"]
-    rate = [] if any(word.startswith("web.host_rate=") for word in words) else ["web.host_rate=0"]
-    return [sys.executable, str(ROOT / "data_prep" / "cc3m.py"), *places, *WEB, *rate, *words]
-
-
-def prepared(source: Path, out: Path, *words: str) -> str:
-    result = subprocess.run(command(source, out, *words), capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def shards(out: Path) -> dict[str, str]:
-    """Every byte that training reads, by file."""
-    folder = out / "out"
-    files = [path for path in folder.iterdir() if path.name.endswith((".tar", ".json")) and path.name != "stats.json"]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_from_urls_to_shards(server: ImageServer, tmp_path: Path) -> None:
@@ -160,51 +125,6 @@ def test_a_store_that_is_down_too_long_ends_a_task_and_loses_nothing(
     }
 
 
-WORDS = ["tasks=2", "part_urls=300", "shard_mb=1"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(server: ImageServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A source, and where its shards lie that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    source = write_source(folder / "pairs.jsonl", server, 1500)
-    prepared(source, folder / "quiet", *WORDS)
-    assert shards(folder / "quiet")
-    return source, folder / "quiet"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends them")
-def test_tasks_end_with_their_launcher(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
-    """Killed alone while its tasks start, and while they fetch, it leaves nobody to work beside the next one."""
-    source, quiet = undisturbed
-    images = tmp_path / "killed" / "images"
-    for stored in (0, 12):
-        words = command(source, tmp_path / "killed", "web.host_rate=1", *WORDS)
-        launcher = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-        while len(running(str(tmp_path / "killed"))) < 3 or len(list(images.iterdir())) < stored:
-            assert launcher.poll() is None
-            time.sleep(0.01)
-        launcher.kill()
-        launcher.wait()
-        end = time.monotonic() + 30
-        while running(str(tmp_path / "killed")) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert running(str(tmp_path / "killed")) == []
-        assert len(list(images.iterdir())) < 200
-    prepared(source, tmp_path / "killed", *WORDS[1:])
-    assert shards(tmp_path / "killed") == shards(quiet)
-
-
-def running(word: str) -> list[str]:
-    """The processes whose command line holds this."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # it has ended since
-            if word in file.read_text(errors="replace"):
-                found.append(file.parent.name)
-    return found
-
-
 def planned(urls: list[str], folder: Path) -> tuple[Plan, Store, Store]:
     """A plan of these URLs, and the stores of what is written and of images."""
     out, images = (open_store(str(folder / name), make=True) for name in ("out", "images"))
@@ -217,6 +137,40 @@ def ledger(out: Store) -> list[Line]:
 
 
 IMPATIENT = Web(deadline=1.5, host_rate=0, allow=("127.0.0.0/8",))  # for its URLs a pause of two seconds is too long
+
+
+def test_images_that_were_lost_come_back(server: ImageServer, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "pairs.jsonl", server, 40)
+    prepared(source, tmp_path / "run")
+    server.requests()
+    for number in (3, 17):
+        (tmp_path / "run/images" / image_key(server.url(number))).unlink()
+    for retry, asked in (("", {}), ("timeout", {}), ("missing", {3: 1, 17: 1}), ("missing", {})):
+        prepared(source, tmp_path / "run", "stage=fetch", f"retry={retry}")
+        assert server.requests() == asked
+    lines = ledger(open_store(str(tmp_path / "run/out")))
+    assert Counter((line.status, line.attempts) for line in lines) == {("ok", 1): 38, ("ok", 2): 2}
+    assert len(list((tmp_path / "run/images").iterdir())) == 40
+
+
+class FullDisk(FolderStore):
+    """A folder that takes one file of the ledger."""
+
+    def write(self, key: str, data: bytes, metadata: Mapping[str, str] = NONE) -> None:
+        if key.startswith("ledger/") and any(self.list("ledger")):
+            raise ConfigError(f"cannot write {key}: No space left on device")
+        super().write(key, data, metadata)
+
+
+def test_a_ledger_that_cannot_be_written_ends_the_fetching(
+    server: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "FLUSH", 0.2)
+    plan, out, images = planned([server.url(number) for number in range(400)], tmp_path)
+    slow = Web(host_rate=5, allow=("127.0.0.0/8",))
+    with pytest.raises(ConfigError, match="No space left"):
+        download.fetch(plan.parts, FullDisk(out.address), images, slow, Recode())
+    assert len(list(images.list())) < 200, "not at its end"
 
 
 def test_hosts_that_ask_for_a_pause_are_asked_again(server: ImageServer, tmp_path: Path) -> None:
@@ -352,23 +306,3 @@ def hostile_cases(server: Server, secure: Server) -> dict[str, tuple[str, str] |
     server.robots["drip.test"] = slow_body
     cases[f"http://drip.test:{server.port}/picture"] = ("retry", "timeout")
     return cases
-
-
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.chaos)])
-def test_killed_at_any_moment_the_shards_are_the_same(
-    undisturbed: tuple[Path, Path], tmp_path: Path, kills: int
-) -> None:
-    source, quiet = undisturbed
-    draw = random.Random(7)
-    for _ in range(kills):
-        process = subprocess.Popen(
-            command(source, tmp_path / "killed", *WORDS),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        time.sleep(draw.uniform(0.3, 3.0))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    prepared(source, tmp_path / "killed", *WORDS)
-    assert shards(tmp_path / "killed") == shards(quiet)

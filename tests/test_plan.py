@@ -242,6 +242,36 @@ def test_the_same_urls_of_a_table_and_of_lines(tmp_path: Path, script: str) -> N
     assert found == urls_of(tmp_path / "table-out") and len(found) >= 6
 
 
+ODD = ["HTTP://h.org/a", " http://h.org/b", "//h.org/c", "h.org/d", "", "data:image/png;base64,AA", "Https://h.org/e"]
+
+
+@pytest.mark.parametrize("script", ["cc3m", "obelics", "mmc4"])
+def test_no_url_is_left_out_for_its_form(tmp_path: Path, script: str) -> None:
+    """What is none is told by fetch, with its reason."""
+    records: list[dict[str, Any]] = {
+        "cc3m": [{"url": url, "caption": "a"} for url in ODD],
+        "obelics": [{"images": ODD, "texts": [None] * len(ODD)}],
+        "mmc4": [
+            {
+                "image_info": [{"raw_url": url} for url in ODD],
+                "text_list": ["a"],
+                "similarity_matrix": [[1.0]] * len(ODD),
+            }
+        ],
+    }[script]
+    write_lines(tmp_path / "in.jsonl", records)
+    assert run(script, source=tmp_path / "in.jsonl", out=tmp_path / "out", stage="plan") == 0
+    assert urls_of(tmp_path / "out") == sorted(ODD)
+
+
+def test_names_of_files_are_not_planned(tmp_path: Path) -> None:
+    records = [{"file": name, "caption": "a"} for name in ("a.jpg", "b/c.jpg", *ODD[:2])]
+    write_lines(tmp_path / "in.jsonl", records)
+    values = {"source": tmp_path / "in.jsonl", "out": tmp_path / "out", "stage": "plan"}
+    assert run("cc3m", **values, file="file") == 0
+    assert urls_of(tmp_path / "out") == sorted(ODD[:2])
+
+
 def test_a_plan_that_another_launch_has_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second lists the store while the first has fetched already; their parts never share a name."""
     values = pairs(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,6 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 Network = IPv4Network | IPv6Network
-
-LOOKUPS = 64  # host names looked up at once, each in a thread
 
 # IANA's registries of special-purpose addresses; RFC numbers of each.
 REFUSED_4 = tuple(
@@ -80,6 +79,13 @@ def may_connect(address: IPv4Address | IPv6Address, allow: tuple[Network, ...] =
     return address.scope_id is None and address in UNICAST_6 and not any(address in network for network in REFUSED_6)
 
 
+def is_nothing(host: str) -> bool:
+    """Whether a host is neither an address nor a name, as 127.0.0.1. and 1.2.3.4.5: no name ends in a number (WHATWG's
+    URL standard), but resolvers may take such a host for an address."""
+    last = host.rstrip(".").rpartition(".")[2]
+    return literal(host) is None and re.fullmatch(r"[0-9]+|0[xX][0-9a-fA-F]*", last) is not None
+
+
 @lru_cache(maxsize=4096)  # a host comes again with each of its URLs
 def refused(host: str, allow: tuple[Network, ...] = ()) -> bool:
     """Whether a URL's host is an address, in any spelling, that must not be reached. Names are checked as resolved."""
@@ -88,10 +94,10 @@ def refused(host: str, allow: tuple[Network, ...] = ()) -> bool:
 
 
 class SystemResolver(AbstractResolver):
-    """The operating system's resolver (files, DNS), in threads of its own so that others' threads never wait for it."""
+    """The operating system's resolver (files, DNS): so many ``lookups`` at once, each in a thread of its own."""
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(LOOKUPS, "lookup")
+    def __init__(self, lookups: int = 1) -> None:
+        self._threads = ThreadPoolExecutor(lookups, "lookup")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -115,16 +121,22 @@ def answer(name: str, address: str, port: int, family: socket.AddressFamily) -> 
 class CheckedResolver(AbstractResolver):
     """Checks what ``resolver`` answers. aiohttp connects to these very answers, so a name cannot change its mind.
 
-    A name with even one refused address raises AddressRefused.
+    A name with even one refused address raises AddressRefused. A lookup goes on when nobody waits for it any more.
     """
 
     def __init__(self, resolver: AbstractResolver, allow: Sequence[Network] = ()) -> None:
         self._resolver, self._allow = resolver, tuple(allow)
+        self.under_way: dict[tuple[str, int], asyncio.Future[None]] = {}  # the ends of lookups, by host and port
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        answers = await self._resolver.resolve(host, port, family)
+        over = self.under_way[host, port] = asyncio.get_running_loop().create_future()
+        try:
+            answers = await self._resolver.resolve(host, port, family)
+        finally:
+            self.under_way.pop((host, port), None)
+            over.set_result(None)
         for found in answers:
             address = literal(found["host"])
             if address is None or not may_connect(address, self._allow):

@@ -24,10 +24,10 @@ class HostPaused(Exception):
 class Host:
     """What is known of one host. ``enter`` waits for its turn; each is followed by one ``leave``."""
 
-    __slots__ = ("_free", "_paused", "_rate", "_reason", "_slots", "_strikes", "users")
+    __slots__ = ("_free", "_paused", "_reason", "_slots", "_strikes", "rate", "users")
 
     def __init__(self, rate: float, connections: int) -> None:
-        self._rate, self._slots = rate, asyncio.Semaphore(connections)
+        self.rate, self._slots = rate, asyncio.Semaphore(connections)  # requests per second
         self.users = 0  # calls between the beginning of enter and leave
         self._free = self._paused = 0.0  # monotonic seconds: of the next token, and of the end of a pause
         self._strikes, self._reason = 0, ""
@@ -68,11 +68,11 @@ class Host:
 
     def _token(self) -> float:
         """Take the next token; return the seconds until it is good. A second's worth may gather."""
-        if not self._rate:
+        if not self.rate:
             return 0.0
         now = time.monotonic()
         start = max(self._free, now - 1)
-        self._free = start + 1 / self._rate
+        self._free = start + 1 / self.rate
         return start - now
 
     def answered(self) -> None:

@@ -23,7 +23,7 @@ from yarl import URL
 
 from hpc_mm.config import Part, Positive
 from hpc_mm.data import robots
-from hpc_mm.data.addresses import AddressRefused, CheckedResolver, Network, SystemResolver, refused
+from hpc_mm.data.addresses import AddressRefused, CheckedResolver, Network, SystemResolver, is_nothing, refused
 from hpc_mm.data.connections import Connector
 from hpc_mm.data.politeness import Host, HostPaused, Hosts, retry_after
 
@@ -62,6 +62,7 @@ HTTP_MEANING: dict[int, Status] = {
     429: "retry",
 }
 NOT_AN_IMAGE = "not_an_image"  # the reason of a poison that only decoding finds
+MISSING = "missing"  # no reason of ours: images that were fetched and have been lost from their store since
 REDIRECTS = {301, 302, 303, 307, 308}
 BUSY = {429, 503}
 
@@ -103,7 +104,7 @@ class Web(Part):
     max_redirects: int = Field(5, ge=0, description="redirects that are followed for one URL")
     connections: Positive = Field(256, description="connections at once, per process")
     host_connections: Positive = Field(4, description="connections to one host at once, per process")
-    host_rate: float = Field(20.0, ge=0, description="requests per second to one host, per process; 0 = no limit")
+    host_rate: float = Field(20.0, ge=0, description="requests per second to one host, over all tasks; 0 = no limit")
     come_back: float = Field(
         600.0,
         ge=0,
@@ -176,6 +177,7 @@ class Trip:
     requests: int = 0
     received: int = 0
     held: float = 0.0  # seconds in which others' bodies left no room for its own
+    moved: bool = False  # by a redirect, to a host that other processes may ask too
 
 
 class Buffers:
@@ -211,14 +213,15 @@ class Fetcher:
     """Fetches URLs, many at once. Use it as an asynchronous context manager; ``resolver`` replaces the system's.
 
     More calls of ``fetch`` than ``connections`` may be under way: those that wait for their host cost little.
+    ``tasks``: processes that may be redirected to the same hosts, of whose rate each takes its share.
     """
 
-    def __init__(self, settings: Web, resolver: AbstractResolver | None = None) -> None:
+    def __init__(self, settings: Web, resolver: AbstractResolver | None = None, tasks: int = 1) -> None:
         self.settings, self._given = settings, resolver
         self._networks = settings.networks
         self._image = Want(int(settings.max_mb * 1e6), settings.robots, settings.noai)
         self._robots_file = Want(robots.LARGEST, robots=False, noai=False, cut=True)
-        self._hosts = Hosts(settings.host_rate, settings.host_connections)
+        self._hosts = Hosts(settings.host_rate / tasks, settings.host_connections)
         self._rules = robots.RulesCache()
         self._asking: dict[str, asyncio.Task[tuple[robots.Rules | Unfetched, float]]] = {}
         self._buffers = Buffers(int(settings.buffers_mb * 1e6))
@@ -227,7 +230,7 @@ class Fetcher:
         self.room.set()
 
     async def __aenter__(self) -> Fetcher:
-        self._resolver = CheckedResolver(self._given or SystemResolver(), self._networks)
+        self._resolver = CheckedResolver(self._given or SystemResolver(self.settings.connections), self._networks)
         self._session = ClientSession(
             connector=Connector(self._resolver),
             headers={
@@ -272,7 +275,7 @@ class Fetcher:
                 found = await self._in_turn(url, trip, want)
             if isinstance(found, bytes):
                 return found
-            url = self._checked(found, url)
+            url, trip.moved = self._checked(found, url), True
         raise Unfetched("redirects")
 
     def _checked(self, text: str, base: URL | None = None) -> URL:
@@ -288,6 +291,8 @@ class Fetcher:
             raise Unfetched("bad_url") from None
         if url.scheme not in ("http", "https") or not host or not url.port or url.user or url.password:
             raise Unfetched("bad_url")
+        if is_nothing(host):
+            raise Unfetched("bad_url")
         if refused(host, self._networks):
             raise Unfetched("address")
         return url
@@ -296,16 +301,32 @@ class Fetcher:
         """One request when it is the URL's turn at its host: the body, where a redirect leads, or None to ask again."""
         name = trip.host = url.raw_host or ""
         host = self._hosts[name]
+        if not trip.moved:
+            host.rate = self.settings.host_rate  # all of its URLs are ours
         try:
             trip.left -= await host.enter(trip.left)
         except HostPaused as pause:
             raise Unfetched(pause.reason, pause.retry_at) from None
         try:
-            async with self._busy:
+            await self._busy.acquire()
+            try:
                 await self.room.wait()
                 return await self._request(url, host, trip, want)
+            finally:
+                self._free(url)
         finally:
             host.leave()
+
+    def _free(self, url: URL) -> None:
+        """Give a connection's place back; one whose lookup outlives it when that is over, as its thread is until then.
+
+        So a thread is free for every request that begins, and none is charged for others' dead names.
+        """
+        lookup = self._resolver.under_way.get((url.raw_host or "", url.port or 0))
+        if lookup is None:
+            self._busy.release()
+        else:
+            lookup.add_done_callback(lambda _: self._busy.release())
 
     async def _request(self, url: URL, host: Host, trip: Trip, want: Want) -> bytes | str | None:
         clock = asyncio.get_running_loop().time
@@ -382,17 +403,17 @@ class Fetcher:
         started = asyncio.get_running_loop().time()
         task = self._asking.get(site)
         if task is None:
-            task = self._asking[site] = asyncio.create_task(self._ask(site))
+            task = self._asking[site] = asyncio.create_task(self._ask(site, trip.moved))
         rules, spent = await asyncio.shield(task)
         trip.left -= min(spent, asyncio.get_running_loop().time() - started)
         return rules
 
-    async def _ask(self, site: str) -> tuple[robots.Rules | Unfetched, float]:
+    async def _ask(self, site: str, moved: bool) -> tuple[robots.Rules | Unfetched, float]:
         """The rules of a site, or why they cannot be had now; and the seconds of its deadline that this took.
 
         As RFC 9309 says: a file that is not there (or of no use) allows everything, one that may come forbids.
         """
-        trip = Trip(self.settings.deadline)
+        trip = Trip(self.settings.deadline, moved=moved)
         text = b""
         try:
             text = await self._follow(f"{site}/robots.txt", trip, self._robots_file)

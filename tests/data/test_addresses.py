@@ -7,7 +7,15 @@ from hostile import Names
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_mm.data.addresses import AddressRefused, CheckedResolver, SystemResolver, literal, may_connect, refused
+from hpc_mm.data.addresses import (
+    AddressRefused,
+    CheckedResolver,
+    SystemResolver,
+    is_nothing,
+    literal,
+    may_connect,
+    refused,
+)
 
 INNER = [
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
@@ -79,6 +87,26 @@ def test_what_is_not_public_is_refused(address: str) -> None:
 )
 def test_names_are_no_addresses(host: str) -> None:
     assert literal(host) is None and not refused(host)
+
+
+@pytest.mark.parametrize(
+    ("host", "nothing"),
+    [
+        ("127.0.0.1.", True),
+        ("1.2.3.4.5", True),
+        ("256.1.1.1", True),
+        ("name.0x7f", True),
+        ("0x", True),
+        ("127.0.0.1", False),
+        ("2130706433", False),
+        ("::1", False),
+        ("example.org.", False),
+        ("1.example.org", False),
+        ("a.b2", False),
+    ],
+)
+def test_what_is_neither_an_address_nor_a_name(host: str, nothing: bool) -> None:
+    assert is_nothing(host) == nothing
 
 
 def test_every_answer_of_a_resolver_is_checked() -> None:

@@ -1,8 +1,11 @@
 import asyncio
+import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from hostile import (
     forget_peak,
     guarded_server,
     peak_mb,
+    redirect,
     self_signed,
     slow_body,
 )
@@ -168,6 +172,12 @@ def fuzzed(server: Server) -> Iterator[tuple[Server, Callable[[str], Outcome]]]:
         runner.run(fetcher.__aexit__())
 
 
+def test_a_server_ends_with_a_test_that_fails() -> None:
+    with pytest.raises(RuntimeError), guarded_server() as server:
+        raise RuntimeError
+    assert not server._thread.is_alive()
+
+
 # ---------------------------------------------------------------- addresses and names
 
 
@@ -183,6 +193,9 @@ def fuzzed(server: Server) -> Iterator[tuple[Server, Callable[[str], Outcome]]]:
         ("http://①②⑦.⓪.⓪.①:PORT/ok", "address"),
         ("http://169.254.169.254/latest/meta-data/", "address"),
         ("http://0:PORT/ok", "address"),
+        ("http://127.0.0.1.:PORT/ok", "bad_url"),
+        ("http://127.0.0.0x1.:PORT/ok", "bad_url"),
+        ("http://1.2.3.4.5:PORT/ok", "bad_url"),
         ("ftp://good.test/ok", "bad_url"),
         ("http://user:password@good.test:PORT/ok", "bad_url"),
         ("http://user@good.test:PORT/ok", "bad_url"),
@@ -191,6 +204,8 @@ def fuzzed(server: Server) -> Iterator[tuple[Server, Callable[[str], Outcome]]]:
         ("http:///ok", "bad_url"),
         ("http://[::1/ok", "bad_url"),
         ("good.test/ok", "bad_url"),
+        ("//good.test:PORT/ok", "bad_url"),
+        ("data:image/png;base64,AA", "bad_url"),
         ("", "bad_url"),
         ("http://good.test:PORT/" + "a" * 8192, "bad_url"),
     ],
@@ -199,6 +214,11 @@ def test_urls_that_are_never_asked(server: Server, url: str, reason: str) -> Non
     (outcome,) = fetched([url.replace("PORT", str(server.port))])
     assert (outcome.reason, outcome.requests) == (reason, 0)
     assert not server.requests
+
+
+def test_urls_of_odd_forms_that_are_asked(server: Server) -> None:
+    urls = [f"{start}good.test:{server.port}/ok" for start in ("HTTP://", " http://", "\thttp://")]
+    assert [outcome.reason for outcome in fetched(urls)] == ["ok"] * 3
 
 
 def test_a_name_cannot_change_its_mind(server: Server) -> None:
@@ -238,6 +258,34 @@ def test_a_burst_of_dead_hosts_costs_one_lookup_each(server: Server) -> None:
     outcomes = fetched([f"http://n{number % 50}.nowhere/{number}" for number in range(500)], names)
     assert {(outcome.status, outcome.reason) for outcome in outcomes} == {("retry", "dns")}
     assert max(names.asked.values()) == 1
+
+
+@pytest.mark.parametrize(("dead", "seconds", "reason"), [(600, 0.5, "dns"), (300, 1.5, "timeout")])
+def test_slow_dead_names_cost_the_others_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch, dead: int, seconds: float, reason: str
+) -> None:
+    """``seconds`` in deadlines: each lookup of a dead name takes so long, before or after its URL has been given up."""
+    monkeypatch.setattr("socket.getaddrinfo", partial(look_up, seconds * DEADLINE))
+    urls = [f"http://n{number}.nowhere/ok" for number in range(dead)]
+    for number in range(200):
+        urls.insert(3 * number, f"http://good{number}.test:{server.port}/ok")
+
+    async def all_of_them() -> list[Outcome]:
+        async with Fetcher(quick(robots=False)) as fetcher:
+            return list(await asyncio.gather(*map(fetcher.fetch, urls)))
+
+    found = zip(urls, asyncio.run(all_of_them()), strict=True)
+    assert Counter((".test" in url, outcome.reason) for url, outcome in found) == {
+        (True, "ok"): 200,
+        (False, reason): dead,
+    }
+
+
+def look_up(seconds: float, host: str, port: int, **_: Any) -> list[Any]:
+    if host.endswith(".nowhere"):
+        time.sleep(seconds)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (SERVER, port))]
 
 
 def test_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +411,22 @@ def test_a_rate_is_kept(server: Server) -> None:
     outcomes = fetched(urls, host_rate=5, deadline=0.5, robots=False)
     assert {outcome.status for outcome in outcomes} == {"ok"}, "waiting for a turn counts in no deadline"
     assert time.monotonic() - started > 1.5
+
+
+def test_tasks_share_the_rate_of_hosts_that_redirects_lead_to(server: Server) -> None:
+    server.answers["/away"] = [redirect("http://target.test:PORT/ok")] * 6
+    urls = [f"http://start.test:{server.port}/away"] * 6
+
+    async def ten_tasks() -> None:
+        async with Fetcher(quick(host_rate=20, robots=False), Names(), tasks=10) as fetcher:
+            started = time.monotonic()
+            assert {outcome.status for outcome in await asyncio.gather(*map(fetcher.fetch, urls))} == {"ok"}
+            assert time.monotonic() - started > 1.2, "two in a second, after those of one"
+            await asyncio.gather(*(fetcher.fetch(f"http://target.test:{server.port}/ok") for _ in range(3)))
+            assert (fetcher._hosts["start.test"].rate, fetcher._hosts["target.test"].rate) == (20, 20)
+            assert fetcher._hosts["other.test"].rate == 2
+
+    asyncio.run(ten_tasks())
 
 
 # ---------------------------------------------------------------- robots
