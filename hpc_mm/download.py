@@ -18,8 +18,8 @@ from itertools import groupby
 from aiohttp.abc import AbstractResolver
 
 from hpc_mm.data.ledger import OK, POISON, RETRY, Ledger, Line
-from hpc_mm.data.pictures import UnreadableImage
-from hpc_mm.data.recode import Recode, StoredImage, recode
+from hpc_mm.data.pictures import MAX_PIXELS, UnreadableImage
+from hpc_mm.data.recode import Recode, Room, StoredImage, recode
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store, StoreError
 from hpc_mm.data.wanted import Part, host_of, read_urls
@@ -65,8 +65,10 @@ class Download:
         self.fetcher, self.out, self.images = fetcher, out, images
         self.recoding, self.retry = recoding, frozenset(retry)
         self.threads = ThreadPoolExecutor(WRITES, "image")
-        # Pictures that are decoded at once: more than cores would only cost memory.
+        # Pictures that are decoded at once: more than cores would only cost memory. Together they have no more pixels
+        # than one may have, so that decoding takes 1.3 GB at the very most, however many cores there are.
         self.decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
+        self.room = Room(MAX_PIXELS)
         self.tally = Tally()
         self.held = 0  # bytes
         self.later: dict[Part, float] = {}  # what hosts have put off, and the first end of a pause in unix seconds
@@ -181,10 +183,13 @@ class Download:
             return None
         try:
             with self.decoders:
-                image = recode(data, Recode())
+                image = recode(data, Recode(), self.room.taken)
         except UnreadableImage:  # not ours: fetched anew
             return None
-        return with_image(Line(key, OK, "", 1, host=host_of(url), time=time.time()), image)
+        line = with_image(Line(key, OK, "", 1, host=host_of(url), time=time.time()), image)
+        if self.recoding.resize == "none":
+            return line
+        return replace(line, original_width=0, original_height=0)  # only the process knew that died
 
     async def one(self, url: str, attempts: int) -> Line:
         """Fetch, check, perhaps re-encode, store."""
@@ -219,7 +224,7 @@ class Download:
     def keep(self, line: Line, data: bytes) -> Line:
         try:
             with self.decoders:
-                image = recode(data, self.recoding)
+                image = recode(data, self.recoding, self.room.taken)
         except UnreadableImage:
             return replace(line, status=POISON, reason=NOT_AN_IMAGE)
         size = f"{image.original_width}x{image.original_height}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -46,25 +49,53 @@ class StoredImage:
     sha256: str  # of data, in hex
 
 
-def recode(data: bytes, options: Recode) -> StoredImage:
+class Room:
+    """So many pixels may be decoded at once: several small pictures, or one large one alone.
+
+    A decoded pixel takes 4 to 6 bytes, and up to 20 where a transparent picture is put on white. Safe with threads.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self.free = pixels
+        self.turn, self.changed = threading.Lock(), threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Wait for room for a picture of so many pixels, no more than there are in all, and give it back."""
+        with self.turn, self.changed:  # in the order of coming, else small pictures would keep a large one waiting
+            self.changed.wait_for(lambda: self.free >= pixels)
+            self.free -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += pixels
+                self.changed.notify()
+
+
+def recode(
+    data: bytes, options: Recode, room: Callable[[int], AbstractContextManager[object]] = nullcontext
+) -> StoredImage:
     """Check by decoding that ``data`` is a picture, and shrink it as asked; UnreadableImage where it is none.
 
     A new JPEG is upright, RGB, on white where the picture was transparent, 4:2:0, without metadata; of an animation it
     is the first frame. A JPEG that is already as wanted keeps its bytes. The same bytes give the same result with the
-    same version of Pillow. Safe with threads: all heavy work is done without the interpreter's lock.
+    same version of Pillow. Safe with threads: all heavy work is done without the interpreter's lock. ``room``: entered
+    with the pixels that the header tells, for as long as they are in memory, as ``Room.taken``.
     """
-    with opened_picture(data, options.max_pixels) as image:
-        stored, turn = image.size, orientation(image)
-        original = stored[::-1] if turn >= 5 else stored
-        target, canvas = sizes(stored, options)
-        upright_canvas = canvas[::-1] if turn >= 5 else canvas
-        if options.resize == "none" or (canvas == stored and is_plain(image, turn)):
-            check_pixels(image)
-            kept, shown = data, original
-        else:
+    with ExitStack() as held:
+        with opened_picture(data, options.max_pixels) as image:
+            held.enter_context(room(image.width * image.height))
+            stored, turn = image.size, orientation(image)
+            original = stored[::-1] if turn >= 5 else stored
+            target, canvas = sizes(stored, options)
+            upright_canvas = canvas[::-1] if turn >= 5 else canvas
+            if options.resize == "none" or (canvas == stored and is_plain(image, turn)):
+                check_pixels(image)
+                return StoredImage(data, *original, *original, hashlib.sha256(data).hexdigest())
             small = shrunk(image, target)
-            kept, shown = as_jpeg(framed(turned(small, turn), upright_canvas), options.quality), upright_canvas
-    return StoredImage(kept, *shown, *original, hashlib.sha256(kept).hexdigest())
+        kept = as_jpeg(framed(turned(small, turn), upright_canvas), options.quality)
+    return StoredImage(kept, *upright_canvas, *original, hashlib.sha256(kept).hexdigest())
 
 
 def sizes(stored: tuple[int, int], options: Recode) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -95,6 +126,7 @@ def shrunk(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     width, height = draft_to(image, min(target), DRAFT_MARGIN)
     picture = as_rgb(image)
     if target == whole:
+        picture.load()
         return picture
     kernel = Image.Resampling.HAMMING if (width, height) == whole else Image.Resampling.LANCZOS
     return picture.resize(target, kernel, (0, 0, width, height), REDUCING_GAP)
