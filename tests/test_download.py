@@ -365,7 +365,7 @@ def pages() -> dict[str, bytes]:
         "truncated": smooth[: len(smooth) // 2],
         "bomb": samples.encoded(Picture.new("1", (10_000, 10_000))),
         "text_bomb": samples.encoded(samples.picture(3), pnginfo=words),
-        "scans": samples.repeating_scans(10_000),
+        "scans": samples.repeating_scans(1000),
     }
     return {name: whole("200 OK", body, "Content-Type: image/jpeg") for name, body in bodies.items()} | {
         "to_picture": redirect("picture")
