@@ -181,11 +181,11 @@ class Download:
             data = self.images.read(key)
         except MissingKey:
             return None
-        try:
-            with self.decoders:
-                image = recode(data, Recode(), self.room.taken)
-        except UnreadableImage:  # not ours: fetched anew
-            return None
+        with self.decoders, self.room.lease() as wait:
+            try:
+                image = recode(data, Recode(), wait)
+            except UnreadableImage:  # not ours: fetched anew
+                return None
         line = with_image(Line(key, OK, "", 1, host=host_of(url), time=time.time()), image)
         if self.recoding.resize == "none":
             return line
@@ -222,11 +222,11 @@ class Download:
             self.fetcher.room.set()
 
     def keep(self, line: Line, data: bytes) -> Line:
-        try:
-            with self.decoders:
-                image = recode(data, self.recoding, self.room.taken)
-        except UnreadableImage:
-            return replace(line, status=POISON, reason=NOT_AN_IMAGE)
+        with self.decoders, self.room.lease() as wait:
+            try:
+                image = recode(data, self.recoding, wait)
+            except UnreadableImage:  # has the picture as long as it is handled: so the room is given back after that
+                return replace(line, status=POISON, reason=NOT_AN_IMAGE)
         size = f"{image.original_width}x{image.original_height}"
         self.images.write(line.key, image.data, {"sha256": image.sha256, "original-size": size})
         return with_image(line, image)

@@ -313,7 +313,7 @@ def fetch_from_hostile_servers(folder: Path, certificate: Path, key: Path) -> No
 
 
 def test_large_pictures_take_the_memory_of_one(tmp_path: Path) -> None:
-    """Just small enough to be decoded, 264 MB each, with small ones between them, as if there were a core for each."""
+    """Just small enough to be decoded, 264 MB each, half of them broken, as if there were a core for each."""
     large = samples.encoded(Picture.new("RGB", (8190, 8190)))
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         grown = pool.submit(fetch_large_pictures, tmp_path, large).result()
@@ -323,11 +323,14 @@ def test_large_pictures_take_the_memory_of_one(tmp_path: Path) -> None:
 def fetch_large_pictures(folder: Path, large: bytes) -> float:
     with pytest.MonkeyPatch.context() as patch, guarded_server() as server:
         patch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-        server.pages = pages() | {"large": whole("200 OK", large, "Content-Type: image/png")}
-        urls = [f"http://good.test:{server.port}/{name}?{n}" for name in ("picture", "large") for n in range(4)]
+        bodies = {"large": large, "half": large[: len(large) // 2]}
+        server.pages = pages() | {name: whole("200 OK", body) for name, body in bodies.items()}
+        names = ("picture", "large", "half")
+        urls = [f"http://good.test:{server.port}/{name}?{n}" for name in names for n in range(4)]
         plan, out, images = planned(urls, folder)
         before = peak_mb()
-        assert download.fetch(plan.parts, out, images, IMPATIENT, Recode(), (), Names()).done == {"ok": 8}
+        done = download.fetch(plan.parts, out, images, IMPATIENT, Recode(), (), Names()).done
+        assert done == {"ok": 8, "poison: not_an_image": 4}
         return peak_mb() - before
 
 

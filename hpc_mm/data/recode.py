@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -60,41 +60,47 @@ class Room:
         self.turn, self.changed = threading.Lock(), threading.Condition()
 
     @contextmanager
-    def taken(self, pixels: int) -> Iterator[None]:
-        """Wait for room for a picture of so many pixels, no more than there are in all, and give it back."""
-        with self.turn, self.changed:  # in the order of coming, else small pictures would keep a large one waiting
-            self.changed.wait_for(lambda: self.free >= pixels)
-            self.free -= pixels
+    def lease(self) -> Iterator[Callable[[int], None]]:
+        """What waits for room for a picture of so many pixels, once; the end of the block gives it back."""
+        held = 0
+
+        def take(pixels: int) -> None:
+            nonlocal held
+            with self.turn, self.changed:  # in the order of coming, else small pictures would keep a large one waiting
+                self.changed.wait_for(lambda: self.free >= pixels)
+                self.free, held = self.free - pixels, pixels
+
         try:
-            yield
+            yield take
         finally:
             with self.changed:
-                self.free += pixels
+                self.free += held
                 self.changed.notify()
 
 
-def recode(
-    data: bytes, options: Recode, room: Callable[[int], AbstractContextManager[object]] = nullcontext
-) -> StoredImage:
+def at_once(pixels: int) -> None:
+    """Wait for nothing."""
+
+
+def recode(data: bytes, options: Recode, wait: Callable[[int], None] = at_once) -> StoredImage:
     """Check by decoding that ``data`` is a picture, and shrink it as asked; UnreadableImage where it is none.
 
     A new JPEG is upright, RGB, on white where the picture was transparent, 4:2:0, without metadata; of an animation it
     is the first frame. A JPEG that is already as wanted keeps its bytes. The same bytes give the same result with the
-    same version of Pillow. Safe with threads: all heavy work is done without the interpreter's lock. ``room``: entered
-    with the pixels that the header tells, for as long as they are in memory, as ``Room.taken``.
+    same version of Pillow. Safe with threads: all heavy work is done without the interpreter's lock. ``wait`` is
+    called with the pixels that the header tells before they are decoded, as by ``Room.lease``.
     """
-    with ExitStack() as held:
-        with opened_picture(data, options.max_pixels) as image:
-            held.enter_context(room(image.width * image.height))
-            stored, turn = image.size, orientation(image)
-            original = stored[::-1] if turn >= 5 else stored
-            target, canvas = sizes(stored, options)
-            upright_canvas = canvas[::-1] if turn >= 5 else canvas
-            if options.resize == "none" or (canvas == stored and is_plain(image, turn)):
-                check_pixels(image)
-                return StoredImage(data, *original, *original, hashlib.sha256(data).hexdigest())
-            small = shrunk(image, target)
-        kept = as_jpeg(framed(turned(small, turn), upright_canvas), options.quality)
+    with opened_picture(data, options.max_pixels) as image:
+        wait(image.width * image.height)
+        stored, turn = image.size, orientation(image)
+        original = stored[::-1] if turn >= 5 else stored
+        target, canvas = sizes(stored, options)
+        upright_canvas = canvas[::-1] if turn >= 5 else canvas
+        if options.resize == "none" or (canvas == stored and is_plain(image, turn)):
+            check_pixels(image)
+            return StoredImage(data, *original, *original, hashlib.sha256(data).hexdigest())
+        small = shrunk(image, target)
+    kept = as_jpeg(framed(turned(small, turn), upright_canvas), options.quality)
     return StoredImage(kept, *upright_canvas, *original, hashlib.sha256(kept).hexdigest())
 
 

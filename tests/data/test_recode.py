@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import io
+import os
 import resource
 import tarfile
 import threading
@@ -19,7 +21,7 @@ from samples import encoded, picture, repeating_scans
 
 from hpc_mm.config import ConfigError, validated
 from hpc_mm.data.perceptual import perceptual_hash
-from hpc_mm.data.pictures import MAX_PIXELS, MAX_SCANS, ORIENTATION, SCAN, TRANSPOSE, UnreadableImage
+from hpc_mm.data.pictures import MAX_PIXELS, MAX_SCANS, ORIENTATION, SCAN, TRANSPOSE, UnreadableImage, opened_picture
 from hpc_mm.data.recode import Recode, Room, StoredImage, recode
 
 KEEP = Recode()
@@ -235,19 +237,20 @@ def test_pictures_that_are_decoded_at_once_have_no_more_pixels_than_there_is_roo
     images = [encoded(picture(seed, side, side)) for seed, side in enumerate([10, 50, 100, 20, 100, 70] * 4)]
     room, lock, inside, seen = Room(100 * 100), threading.Lock(), list[int](), list[int]()
 
-    @contextmanager
-    def watched(pixels: int) -> Iterator[None]:
-        with room.taken(pixels):
+    def watched(data: bytes) -> StoredImage:
+        with room.lease() as wait:
+            stored = recode(data, RATIO, wait)
+            pixels = stored.original_width * stored.original_height
             with lock:
                 inside.append(pixels)
                 seen.append(sum(inside))
             time.sleep(0.002)
             with lock:
                 inside.remove(pixels)
-            yield
+            return stored
 
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda data: recode(data, RATIO, watched), images))
+        found = list(threads.map(watched, images))
     assert found == [recode(data, RATIO) for data in images]
     assert len(seen) == len(images) and max(seen) == 100 * 100 == room.free
 
@@ -256,11 +259,13 @@ def test_a_large_picture_does_not_wait_for_all_small_ones() -> None:
     room, order = Room(100), list[int]()
 
     def take(pixels: int) -> None:
-        with room.taken(pixels):
+        with room.lease() as wait:
+            wait(pixels)
             order.append(pixels)
 
     threads = [threading.Thread(target=take, args=(pixels,)) for pixels in (100, 10)]
-    with room.taken(60):
+    with room.lease() as wait:
+        wait(60)
         threads[0].start()
         while not room.turn.locked():
             time.sleep(0.001)
@@ -288,6 +293,8 @@ def test_a_machine_without_descriptors_is_not_the_pictures_fault() -> None:
     with limited(resource.RLIMIT_NOFILE, 0), pytest.raises(OSError, match="Too many open files"):
         recode(data, RATIO)
     assert recode(data, RATIO) == expected
+    with pytest.raises(OSError, match="Too many open files"), opened_picture(data):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def test_a_machine_without_memory_is_not_the_pictures_fault() -> None:
