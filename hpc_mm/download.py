@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import math
 import os
 import threading
@@ -29,6 +30,7 @@ PENDING = 2000  # URLs of a part that are under way or wait for their host's tur
 AT_ONCE = 4  # groups of parts, so that the last slow hosts of one do not hold up the others
 WRITES = 32  # images being decoded or written to the store
 MOST_HELD = 32 * 2**20  # bytes of bodies that wait for a thread
+M_MMAP_THRESHOLD, LARGE = -3, 8 * 2**20  # of malloc.h; bytes of memory that goes back to the system once it is freed
 FLUSH = 5.0  # seconds between two writes of a ledger: what a kill makes us look for in the store again
 CLOCKS = 0.1  # seconds by which two clocks may disagree on the length of a sleep
 REPORT = 15.0  # seconds between two lines of progress
@@ -265,6 +267,12 @@ def with_image(line: Line, image: StoredImage) -> Line:
     )
 
 
+def give_back_freed_memory() -> None:
+    """Have glibc keep no large memory for later: else each thread would, of all pictures that it has decoded."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
 def fetch(
     parts: Sequence[Part],
     out: Store,
@@ -275,6 +283,8 @@ def fetch(
     resolver: AbstractResolver | None = None,
 ) -> Tally:
     """Fetch what is to do of these parts; what it came to. A store that fails raises, and what is stored stays."""
+
+    give_back_freed_memory()
 
     async def run() -> Tally:
         async with Fetcher(web, resolver) as fetcher:
