@@ -34,8 +34,8 @@ class Recode(Part):
     quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="of the JPEG that resize writes")
     max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = Field(
         MAX_PIXELS,
-        description="width x height above which an image is refused by its header; a task decodes 64 megapixels at once "
-        "at most, in 1.3 GB at most",
+        description="width x height above which an image is refused by its header; a task decodes 64 megapixels "
+        "at once at most, in 1.3 GB at most",
     )
 
 
