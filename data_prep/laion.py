@@ -10,6 +10,7 @@ owners.
 """
 
 import sys
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -18,6 +19,8 @@ from hpc_mm.pairs import Pairs, arrange, urls
 
 
 class Laion(Pairs):
+    TELLS_SIZES: ClassVar[bool] = True
+
     url: str = Field("URL", description="column of the images' URLs")
     caption: str = Field("TEXT", description="column of the captions")
 

@@ -9,6 +9,7 @@ archives (.jsonl.zip). The corpus is CC-BY-4.0; the images belong to their owner
 
 import sys
 from collections.abc import Mapping
+from typing import ClassVar
 
 from hpc_mm import prepare
 from hpc_mm.data.documents import Record, natural_parts, natural_urls
@@ -16,6 +17,8 @@ from hpc_mm.data.schema import Sample
 
 
 class Obelics(prepare.Documents):
+    TELLS_SIZES: ClassVar[bool] = True
+
     def forms(self) -> list[list[str]]:
         return [["images", "texts"]]
 

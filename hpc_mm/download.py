@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import math
 import os
 import threading
@@ -18,8 +19,8 @@ from itertools import groupby
 from aiohttp.abc import AbstractResolver
 
 from hpc_mm.data.ledger import OK, POISON, RETRY, Ledger, Line
-from hpc_mm.data.pictures import UnreadableImage
-from hpc_mm.data.recode import Recode, StoredImage, recode
+from hpc_mm.data.pictures import MAX_PIXELS, UnreadableImage
+from hpc_mm.data.recode import Recode, Room, StoredImage, recode
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store, StoreError
 from hpc_mm.data.wanted import Part, host_of, read_urls
@@ -30,6 +31,7 @@ PENDING = 2000  # URLs of a part that are under way or wait for their host's tur
 AT_ONCE = 4  # groups of parts, so that the last slow hosts of one do not hold up the others
 WRITES = 32  # images being decoded or written to the store
 MOST_HELD = 32 * 2**20  # bytes of bodies that wait for a thread
+M_MMAP_THRESHOLD, LARGE = -3, 8 * 2**20  # of malloc.h; bytes of memory that goes back to the system once it is freed
 FLUSH = 5.0  # seconds between two writes of a ledger: what a kill makes us look for in the store again
 CLOCKS = 0.1  # seconds by which two clocks may disagree on the length of a sleep
 REPORT = 15.0  # seconds between two lines of progress
@@ -69,8 +71,10 @@ class Download:
         self.fetcher, self.out, self.images = fetcher, out, images
         self.recoding, self.retry = recoding, frozenset(retry)
         self.threads = ThreadPoolExecutor(WRITES, "image")
-        # Pictures that are decoded at once: more than cores would only cost memory.
+        # Pictures that are decoded at once: more than cores would only cost memory. Together they have no more pixels
+        # than one may have, so that decoding takes 1.3 GB at the very most, however many cores there are.
         self.decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
+        self.room = Room(MAX_PIXELS)
         self.tally = Tally()
         self.held = 0  # bytes
         self.lost: set[str] = set()  # keys of images that were stored once
@@ -195,12 +199,15 @@ class Download:
             data = self.images.read(key)
         except MissingKey:
             return None
-        try:
-            with self.decoders:
-                image = recode(data, Recode())
-        except UnreadableImage:  # not ours: fetched anew
-            return None
-        return with_image(Line(key, OK, "", 1, host=host_of(url), time=time.time()), image)
+        with self.decoders, self.room.lease() as wait:
+            try:
+                image = recode(data, Recode(), wait)
+            except UnreadableImage:  # not ours: fetched anew
+                return None
+        line = with_image(Line(key, OK, "", 1, host=host_of(url), time=time.time()), image)
+        if self.recoding.resize == "none":
+            return line
+        return replace(line, original_width=0, original_height=0)  # only the process knew that died
 
     async def one(self, url: str, attempts: int) -> Line:
         """Fetch, check, perhaps re-encode, store."""
@@ -233,11 +240,11 @@ class Download:
             self.fetcher.room.set()
 
     def keep(self, line: Line, data: bytes) -> Line:
-        try:
-            with self.decoders:
-                image = recode(data, self.recoding)
-        except UnreadableImage:
-            return replace(line, status=POISON, reason=NOT_AN_IMAGE)
+        with self.decoders, self.room.lease() as wait:
+            try:
+                image = recode(data, self.recoding, wait)
+            except UnreadableImage:  # has the picture as long as it is handled: so the room is given back after that
+                return replace(line, status=POISON, reason=NOT_AN_IMAGE)
         size = f"{image.original_width}x{image.original_height}"
         self.images.write(line.key, image.data, {"sha256": image.sha256, "original-size": size})
         return with_image(line, image)
@@ -276,6 +283,12 @@ def with_image(line: Line, image: StoredImage) -> Line:
     )
 
 
+def give_back_freed_memory() -> None:
+    """Have glibc keep no large memory for later: else each thread would, of all pictures that it has decoded."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
 def fetch(
     parts: Sequence[Part],
     out: Store,
@@ -290,6 +303,8 @@ def fetch(
 
     ``tasks``: processes that share a plan's parts. SIGTERM is SystemExit (143) after the ledgers are written.
     """
+
+    give_back_freed_memory()
 
     async def run() -> Tally:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()

@@ -46,6 +46,8 @@ class Preparation(pack.Packing):
 
     FETCHES: ClassVar[bool] = True
     """Whether records may name images by URL."""
+    TELLS_SIZES: ClassVar[bool] = False
+    """Whether records say how large images were on the web, which filters then go by."""
     PACKED: ClassVar[frozenset[str]] = frozenset({"filters", "shard_mb", "min_image_bytes"})
     """What matters to packing alone; everything else must be the same for all that is fetched."""
 
@@ -81,6 +83,24 @@ class Preparation(pack.Packing):
     def a_task_is_of_one_stage(self) -> Preparation:
         if self.task is not None and self.stage == "all":
             raise ValueError(f"task={self.task} is of one stage: give stage={' or stage='.join(SHARED)} too")
+        return self
+
+    @model_validator(mode="after")
+    def filters_look_at_what_is_stored(self) -> Preparation:
+        """Refuse filters of sizes that would drop all images or none, since those were shrunk before."""
+        resize, size = self.recode.resize, self.recode.size
+        if self.TELLS_SIZES or resize == "none":
+            return self
+        square = resize in ("border", "center_crop")
+        for name in ("min_side", "max_side", "max_aspect"):
+            limit = getattr(self.filters, name)
+            if limit is not None and (square or (name == "min_side" and limit > size)):
+                stored = f"{size} x {size} pixels" if square else f"{size} pixels at most on its short side"
+                raise ValueError(
+                    f"filters.{name}={limit} looks at stored images, of which recode.resize={resize} "
+                    f"recode.size={size} makes each {stored}: leave one of them out"
+                    + ("" if square else f", or recode.size={limit}")
+                )
         return self
 
     @field_validator("retry")
@@ -319,8 +339,8 @@ def main(
                 pack.check_first(options, *first_part(options))
             return queue(options, stages, script_words(words, options))
         return run_here(stages, words, options, Corpus(urls, arrange))
-    except (ConfigError, StoreError, MissingKey, StoreDown, OSError) as error:  # OSError: of disks
-        print(error, file=sys.stderr)
+    except (ConfigError, StoreError, MissingKey, StoreDown, OSError, MemoryError) as error:  # OSError: of disks
+        print(str(error) or repr(error), file=sys.stderr)
         return 2
 
 

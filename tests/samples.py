@@ -29,6 +29,12 @@ def encoded(image: Picture.Image, kind: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
+def repeating_scans(times: int) -> bytes:
+    """A JPEG that a decoder reads to its end, with so many scans more than it needs."""
+    data = encoded(picture(3, 400, 300), "JPEG", progressive=True)
+    return data[:-2] + data[data.rfind(b"\xff\xda") : -2] * times + data[-2:]
+
+
 def sentence(draw: random.Random) -> str:
     return " ".join(draw.choices(WORDS, k=draw.randint(3, 8)))
 

@@ -29,6 +29,7 @@ ASKED = {"question_id": 10, "image_id": 1, "question": "?"}
 KARPATHY = {"split": "test", "filename": FILE, "sentences": [{"raw": "a"}]}
 READ = {"question_id": 10, "image_id": "1", "question": "?"}
 SEEN = {"image": FILE, "question": "?", "answers": []}
+SMALL = {"recode.resize": "keep_ratio", "recode.size": 64}
 LENGTHS = "images, texts and metadata are not lists of one length"
 
 # Of the corpora of records: a good one, one whose images and texts do not match and the reason, the file.
@@ -347,3 +348,26 @@ def test_a_disk_that_takes_no_more(
     assert prepare(pairs, places).returncode == 0
     assert files(places["out"]) == undisturbed
     assert len(written(places["out"])) == 8
+
+
+@pytest.mark.parametrize(
+    ("script", "values", "said"),
+    [
+        ("cc3m", {**SMALL, "filters.min_side": 100}, "64 pixels at most on its short side: leave one of them out, or "),
+        ("cc3m", {**SMALL, "recode.resize": "border", "filters.min_side": 20}, "filters.min_side=20 looks at stored"),
+        ("mmc4", {**SMALL, "recode.resize": "border", "filters.max_side": 500}, "makes each 64 x 64 pixels"),
+        ("cc3m", {**SMALL, "recode.resize": "center_crop", "filters.max_aspect": 2}, "makes each 64 x 64 pixels"),
+        ("cc3m", {**SMALL, "filters.min_side": 64}, ""),
+        ("cc3m", {"recode.size": 64, "filters.min_side": 100}, ""),
+        ("laion", {**SMALL, "filters.min_side": 100}, ""),  # the corpus says how large its images were
+        ("obelics", {**SMALL, "recode.resize": "border", "filters.max_aspect": 2}, ""),
+    ],
+)
+def test_filters_of_what_recoding_has_changed_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str, values: dict[str, Any], said: str
+) -> None:
+    """One line before any work; what is not refused goes on to the source, which is not there."""
+    assert run(script, source=tmp_path / "no.jsonl", out=tmp_path / "out", stage="plan", **values) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and (said or "no.jsonl") in complaint
+    assert ("filters." in complaint) == bool(said) and not (tmp_path / "out").exists()

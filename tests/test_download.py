@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -267,6 +268,52 @@ def fetch_from_hostile_servers(folder: Path, certificate: Path, key: Path) -> No
     assert grown < 64, f"{grown} MB"
 
 
+def test_large_pictures_take_the_memory_of_one(tmp_path: Path) -> None:
+    """Just small enough to be decoded, 264 MB each, half of them broken, as if there were a core for each."""
+    large = samples.encoded(Picture.new("RGB", (8190, 8190)))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        grown = pool.submit(fetch_large_pictures, tmp_path, large).result()
+    assert 200 < grown < 400, f"{grown} MB"
+
+
+def fetch_large_pictures(folder: Path, large: bytes) -> float:
+    with pytest.MonkeyPatch.context() as patch, guarded_server() as server:
+        patch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+        bodies = {"large": large, "half": large[: len(large) // 2]}
+        server.pages = pages() | {name: whole("200 OK", body) for name, body in bodies.items()}
+        names = ("picture", "large", "half")
+        urls = [f"http://good.test:{server.port}/{name}?{n}" for name in names for n in range(3)]
+        plan, out, images = planned(urls, folder)
+        before = peak_mb()
+        web = Web(host_rate=0, allow=(f"{SERVER}/32",))
+        done = download.fetch(plan.parts, out, images, web, Recode(), (), Names()).done
+        assert done == {"ok": 6, "poison: not_an_image": 3}
+        return peak_mb() - before
+
+
+@pytest.mark.parametrize("resize", ["none", "keep_ratio"])
+def test_a_line_that_a_kill_took_says_no_more_than_is_known(server: ImageServer, tmp_path: Path, resize: str) -> None:
+    """Nobody knows what came over the wire, and how large a picture was that has been shrunk."""
+    plan, out, images = planned([server.url(number) for number in range(4)], tmp_path)
+    recoding = Recode.model_validate({"resize": resize, "size": 20})
+    download.fetch(plan.parts, out, images, IMPATIENT, recoding)
+    whole = {line.key: line for line in ledger(out)}
+    for entry in list(out.list("ledger")):
+        out.delete(entry.key)
+    for part in plan.parts:
+        Ledger(out, part.name).flush()  # begun, and killed before the first line was written
+    server.requests()
+    assert download.fetch(plan.parts, out, images, IMPATIENT, recoding).done == {"ok": 4}
+    assert server.requests() == {}
+    unknown = {} if resize == "none" else {"original_width": 0, "original_height": 0}
+    found = {line.key: line for line in ledger(out)}
+    assert {(line.original_width, line.original_height) for line in whole.values()} == {(40, 30)}
+    assert found == {
+        key: replace(line, bytes=0, time=found[key].time, **unknown)  # type: ignore[arg-type]
+        for key, line in whole.items()
+    }
+
+
 def pages() -> dict[str, bytes]:
     """Bodies that only decoding tells from pictures, and one that is one."""
     good = samples.encoded(samples.picture(1))
@@ -278,6 +325,7 @@ def pages() -> dict[str, bytes]:
         "truncated": smooth[: len(smooth) // 2],
         "bomb": samples.encoded(Picture.new("1", (10_000, 10_000))),
         "text_bomb": samples.encoded(samples.picture(3), pnginfo=words),
+        "scans": samples.repeating_scans(1000),
     }
     return {name: whole("200 OK", body, "Content-Type: image/jpeg") for name, body in bodies.items()} | {
         "to_picture": redirect("picture")
@@ -290,7 +338,7 @@ def hostile_cases(server: Server, secure: Server) -> dict[str, tuple[str, str] |
     for name, expected in EXPECTED.items():  # "ok": bytes came, which the fetcher does not look at
         said = ("poison", "not_an_image") if expected[0] == "ok" else expected
         cases[f"http://{name}.test:{server.port}/{name}"] = said
-    for name in ("truncated", "bomb", "text_bomb"):
+    for name in ("truncated", "bomb", "text_bomb", "scans"):
         cases[f"http://{name}.test:{server.port}/{name}"] = ("poison", "not_an_image")
     for name in ("picture", "to_picture"):
         cases[f"http://{name}.test:{server.port}/{name}"] = ("ok", "")

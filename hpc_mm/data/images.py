@@ -28,8 +28,8 @@ def decode(data: bytes, spec: ImageSpec) -> NDArray[np.uint8]:
     with opened_picture(data) as image:
         width, height = (spec.size * length // min(image.size) for length in image.size)  # as in torchvision
         shown = draft_to(image, spec.size, DRAFT_MARGIN)
-        small = resized(pixels_of(as_rgb(image)), shown, width, height)
-        return centre(upright(small, orientation(image)), spec.size)
+        pixels, turn = pixels_of(as_rgb(image)), orientation(image)
+    return centre(upright(resized(pixels, shown, width, height), turn), spec.size)
 
 
 def pixels_of(image: Image.Image) -> Tensor:

@@ -23,13 +23,13 @@ class Line:
     status: str  # one of STATUSES
     reason: str  # the class of a failure: timeout, dns, http_404, ...; empty where it is ok
     attempts: int  # over all runs
-    bytes: int = 0  # that came over the wire
+    bytes: int = 0  # that came over the wire; 0 = unknown where it is ok: its process died before it wrote the line
     stored: int = 0  # bytes in the store
     sha256: str = ""  # of the stored bytes
     host: str = ""  # that answered, after redirects
     width: int = 0  # of the stored picture
     height: int = 0
-    original_width: int = 0
+    original_width: int = 0  # before it was shrunk; 0 = unknown, likewise
     original_height: int = 0
     time: float = 0.0  # unix seconds
     retry_at: float | None = None  # unix seconds before which the host does not want to be asked again

@@ -16,6 +16,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # bytes from anywhere; what 
 
 MAX_PIXELS = 64 * 2**20  # 64 megapixels, 192 MB decoded; the header of a larger image is all that is read
 MAX_RATIO = 50  # of the sides; resizing the short side of a longer one would take gigabytes
+MAX_SCANS = 100  # of a JPEG; encoders write a dozen, and each may take as long to decode as a whole picture
+SCAN = b"\xff\xda"  # begins a scan, and cannot occur inside one; a thumbnail adds its own
+DECODER_BYTES = 6  # per pixel, that a decoder asks for at once: the coefficients of a progressive JPEG
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # none runs a program, as EPS would
 ORIENTATION = 0x0112  # the EXIF tag
 TRANSPOSE = {
@@ -35,16 +38,25 @@ class UnreadableImage(Exception):
 
 @contextmanager
 def opened_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """The picture in ``data``, header read and size checked. Whatever fails in the block is an UnreadableImage."""
+    """The picture in ``data``, header read and size checked. Whatever fails in the block is an UnreadableImage.
+
+    Save what this machine is short of, which says nothing about the picture: MemoryError, and OSError with a number.
+    """
+    width = height = 0
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image, max_pixels)
+            check_scans(image, data)
+            width, height = image.size
             yield image
-    except UnreadableImage:
+    except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError as error:  # its own message has an address in memory
         raise UnreadableImage(f"UnidentifiedImageError: not a whole header of {', '.join(FORMATS)}") from error
-    except Exception as error:  # a parser meets bytes from anywhere: whatever it raises means the same
+    except Exception as error:  # a parser meets bytes from anywhere: whatever else it raises means the same
+        if isinstance(error, OSError) and error.errno is not None:  # Pillow's own, of truncated pictures, have none
+            raise
+        np.empty(width * height * DECODER_BYTES, np.uint8)  # MemoryError: without memory a codec calls the data broken
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
@@ -54,6 +66,11 @@ def check_size(image: Image.Image, max_pixels: int) -> None:
         raise UnreadableImage(f"{width} x {height} pixels are more than {max_pixels / 2**20:g} megapixels")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise UnreadableImage(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
+
+
+def check_scans(image: Image.Image, data: bytes) -> None:
+    if image.format in ("JPEG", "MPO") and (scans := data.count(SCAN)) > MAX_SCANS:
+        raise UnreadableImage(f"{scans} scans of a JPEG are more than {MAX_SCANS}")
 
 
 def draft_to(image: Any, side: int, margin: float) -> tuple[float, float]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -30,7 +33,9 @@ class Recode(Part):
     size: Positive = Field(256, description="pixels of the side that resize names")
     quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="of the JPEG that resize writes")
     max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = Field(
-        MAX_PIXELS, description="width x height above which an image is refused by its header"
+        MAX_PIXELS,
+        description="width x height above which an image is refused by its header; a task decodes 64 megapixels "
+        "at once at most, in 1.3 GB at most",
     )
 
 
@@ -46,25 +51,59 @@ class StoredImage:
     sha256: str  # of data, in hex
 
 
-def recode(data: bytes, options: Recode) -> StoredImage:
+class Room:
+    """So many pixels may be decoded at once: several small pictures, or one large one alone.
+
+    A decoded pixel takes 4 to 6 bytes, and up to 20 where a transparent picture is put on white. Safe with threads.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self.free = pixels
+        self.turn, self.changed = threading.Lock(), threading.Condition()
+
+    @contextmanager
+    def lease(self) -> Iterator[Callable[[int], None]]:
+        """What waits for room for a picture of so many pixels, once; the end of the block gives it back."""
+        held = 0
+
+        def take(pixels: int) -> None:
+            nonlocal held
+            with self.turn, self.changed:  # in the order of coming, else small pictures would keep a large one waiting
+                self.changed.wait_for(lambda: self.free >= pixels)
+                self.free, held = self.free - pixels, pixels
+
+        try:
+            yield take
+        finally:
+            with self.changed:
+                self.free += held
+                self.changed.notify()
+
+
+def at_once(pixels: int) -> None:
+    """Wait for nothing."""
+
+
+def recode(data: bytes, options: Recode, wait: Callable[[int], None] = at_once) -> StoredImage:
     """Check by decoding that ``data`` is a picture, and shrink it as asked; UnreadableImage where it is none.
 
     A new JPEG is upright, RGB, on white where the picture was transparent, 4:2:0, without metadata; of an animation it
     is the first frame. A JPEG that is already as wanted keeps its bytes. The same bytes give the same result with the
-    same version of Pillow. Safe with threads: all heavy work is done without the interpreter's lock.
+    same version of Pillow. Safe with threads: all heavy work is done without the interpreter's lock. ``wait`` is
+    called with the pixels that the header tells before they are decoded, as by ``Room.lease``.
     """
     with opened_picture(data, options.max_pixels) as image:
+        wait(image.width * image.height)
         stored, turn = image.size, orientation(image)
         original = stored[::-1] if turn >= 5 else stored
         target, canvas = sizes(stored, options)
         upright_canvas = canvas[::-1] if turn >= 5 else canvas
         if options.resize == "none" or (canvas == stored and is_plain(image, turn)):
             check_pixels(image)
-            kept, shown = data, original
-        else:
-            small = shrunk(image, target)
-            kept, shown = as_jpeg(framed(turned(small, turn), upright_canvas), options.quality), upright_canvas
-    return StoredImage(kept, *shown, *original, hashlib.sha256(kept).hexdigest())
+            return StoredImage(data, *original, *original, hashlib.sha256(data).hexdigest())
+        small = shrunk(image, target)
+    kept = as_jpeg(framed(turned(small, turn), upright_canvas), options.quality)
+    return StoredImage(kept, *upright_canvas, *original, hashlib.sha256(kept).hexdigest())
 
 
 def sizes(stored: tuple[int, int], options: Recode) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -95,6 +134,7 @@ def shrunk(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     width, height = draft_to(image, min(target), DRAFT_MARGIN)
     picture = as_rgb(image)
     if target == whole:
+        picture.load()
         return picture
     kernel = Image.Resampling.HAMMING if (width, height) == whole else Image.Resampling.LANCZOS
     return picture.resize(target, kernel, (0, 0, width, height), REDUCING_GAP)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image as Picture
-from samples import SPEC, encoded, picture
+from samples import SPEC, encoded, picture, repeating_scans
 
 from hpc_mm.config import ImageSpec
 from hpc_mm.data.batch import normalised
@@ -203,6 +203,8 @@ def test_a_bomb_is_refused_by_its_header() -> None:
 
 
 def test_a_thread_of_pixels_is_refused() -> None:
+    with pytest.raises(UnreadableImage, match="scans of a JPEG are more than 100"):
+        decode(repeating_scans(100), SPEC)
     with pytest.raises(UnreadableImage, match="more than 50 times"):
         decode(encoded(Picture.new("RGB", (1020, 20))), SPEC)
     assert decode(encoded(Picture.new("RGB", (1000, 20))), SPEC).shape == (16, 16, 3)

@@ -1,7 +1,15 @@
+import errno
 import hashlib
 import io
+import os
+import resource
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
-from samples import encoded, picture
+from samples import encoded, picture, repeating_scans
 
 from hpc_mm.config import ConfigError, validated
-from hpc_mm.data.pictures import MAX_PIXELS, ORIENTATION, TRANSPOSE, UnreadableImage
-from hpc_mm.data.recode import Recode, StoredImage, recode
+from hpc_mm.data.perceptual import perceptual_hash
+from hpc_mm.data.pictures import MAX_PIXELS, MAX_SCANS, ORIENTATION, SCAN, TRANSPOSE, UnreadableImage, opened_picture
+from hpc_mm.data.recode import Recode, Room, StoredImage, recode
 
 KEEP = Recode()
 RATIO = Recode(resize="keep_ratio", size=32)
@@ -211,6 +220,108 @@ def test_a_bomb_is_refused_by_its_header() -> None:
         recode(encoded(picture(0, 640, 480), "JPEG"), half)
     with pytest.raises(ConfigError, match="max_pixels"):
         validated(Recode, {"max_pixels": MAX_PIXELS + 1})
+
+
+def test_a_jpeg_that_repeats_its_scans_is_refused() -> None:
+    bomb = repeating_scans(MAX_SCANS)
+    for read in (lambda: recode(bomb, KEEP), lambda: recode(bomb, RATIO), lambda: perceptual_hash(bomb)):
+        with pytest.raises(UnreadableImage, match="110 scans of a JPEG are more than 100"):
+            read()
+    some = repeating_scans(20)
+    assert recode(some, KEEP).data == some
+    other = encoded(picture(0)) + SCAN * 200
+    assert recode(other, KEEP).data == other, "no JPEG"
+
+
+def test_pictures_that_are_decoded_at_once_have_no_more_pixels_than_there_is_room_for() -> None:
+    images = [encoded(picture(seed, side, side)) for seed, side in enumerate([10, 50, 100, 20, 100, 70] * 4)]
+    room, lock, inside, seen = Room(100 * 100), threading.Lock(), list[int](), list[int]()
+
+    def watched(data: bytes) -> StoredImage:
+        with room.lease() as wait:
+            stored = recode(data, RATIO, wait)
+            pixels = stored.original_width * stored.original_height
+            with lock:
+                inside.append(pixels)
+                seen.append(sum(inside))
+            time.sleep(0.002)
+            with lock:
+                inside.remove(pixels)
+            return stored
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(watched, images))
+    assert found == [recode(data, RATIO) for data in images]
+    assert len(seen) == len(images) and max(seen) == 100 * 100 == room.free
+
+
+def test_a_large_picture_does_not_wait_for_all_small_ones() -> None:
+    room, order = Room(100), list[int]()
+
+    def take(pixels: int) -> None:
+        with room.lease() as wait:
+            wait(pixels)
+            order.append(pixels)
+
+    threads = [threading.Thread(target=take, args=(pixels,)) for pixels in (100, 10)]
+    with room.lease() as wait:
+        wait(60)
+        threads[0].start()
+        while not room.turn.locked():
+            time.sleep(0.001)
+        threads[1].start()
+        threads[1].join(0.2)
+    for thread in threads:
+        thread.join()
+    assert order == [100, 10]
+
+
+@contextmanager
+def limited(kind: int, most: int) -> Iterator[None]:
+    """So much of one of this process's resources."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+def test_a_machine_without_descriptors_is_not_the_pictures_fault() -> None:
+    data = encoded(picture(4, 90, 90), "JPEG")
+    expected = recode(data, RATIO)
+    with limited(resource.RLIMIT_NOFILE, 0), pytest.raises(OSError, match="Too many open files"):
+        recode(data, RATIO)
+    assert recode(data, RATIO) == expected
+    with pytest.raises(OSError, match="Too many open files"), opened_picture(data):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_machine_without_memory_is_not_the_pictures_fault() -> None:
+    """In a new process, whose memory is its own. libjpeg says nothing else of it than of broken data."""
+    large = Picture.new("RGB", (4000, 3000), "gray")
+    cases = [encoded(large, "JPEG", progressive=True), encoded(large)]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        found = pool.submit(without_memory, cases).result()
+    assert found == [MemoryError] * 4 + [UnreadableImage]
+
+
+def without_memory(cases: list[bytes]) -> list[type[Exception]]:
+    """What comes of pictures, and of half a small one beside them; all but that are pictures with memory again."""
+    small = encoded(picture(1, 60, 60), "JPEG")
+    tries = [(data, options) for data in cases for options in (KEEP, RATIO)]
+    recode(small, RATIO)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    found: list[type[Exception]] = []
+    with limited(resource.RLIMIT_AS, used + 30 * 2**20):
+        for data, options in [*tries, (small[: len(small) // 2], KEEP)]:
+            try:
+                recode(data, options)
+            except (MemoryError, UnreadableImage) as error:
+                found.append(MemoryError if isinstance(error, MemoryError) else UnreadableImage)
+    for data, options in tries:
+        recode(data, options)
+    return found
 
 
 def test_threads_give_the_same_bytes() -> None:
