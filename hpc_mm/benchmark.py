@@ -210,6 +210,8 @@ def questions_of(facts: Mapping[str, Any], kind: Kind, image: str, shard: str, s
                 number = str(entry["question_id"])
                 yield Question(number, image, shard, sample, as_text(entry["question"]), answers)
         elif kind == "caption":
+            if not values:
+                raise WrongKind(f"image {image} has no caption")
             yield Question(image, image, shard, sample, "", tuple(map(as_text, values)))
         else:
             yield Question(image, image, shard, sample, as_text(facts.get("text", "")), (as_text(values),))

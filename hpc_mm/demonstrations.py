@@ -61,7 +61,7 @@ class QuerySet:
             raise ConfigError(f"shots={shots} shows {shown(shots)} of a query set of {len(self.questions)}: too few")
 
     def shots(self, question: Question, shots: int) -> list[Question]:
-        """Different demonstrations for a question, none about its own image, whatever else is asked and in what order."""
+        """Different demonstrations for a question, none about its own image, whatever else is asked or when."""
         own = self._of_image[question.image_key]
         count = shown(shots)
         if count > len(self.questions) - own:
