@@ -245,7 +245,7 @@ class FlamingoModel(nn.Module):
         return found.past_key_values, found.logits
 
     def _positions(self, attention_mask: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        """The last tokens' places without padding, as transformers' ``generate`` gives them where a model takes them."""
+        """The last tokens' places, counted without padding, where the language model takes them; else its own way."""
         if "position_ids" not in inspect.signature(self.language.forward).parameters:
             return {}
         return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]}
