@@ -29,6 +29,7 @@ bench: .venv/all.stamp .venv-peers/peers.stamp
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/download.py
 	$(BIN)/python benchmarks/metrics.py
 

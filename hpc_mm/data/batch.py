@@ -132,10 +132,14 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
 
 def plain(text: str, words: Vocabulary) -> str:
     """Stripped text in which nothing is taken for a special token: a page may say ``<image>`` or ``</s>``."""
+    return without_special(text, words).strip()
+
+
+def without_special(text: str, words: Vocabulary) -> str:
     text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can hold, is no text
     while words.special.search(text):
         text = words.special.sub("", text)
-    return text.strip()
+    return text
 
 
 def encode(tokenizer: Any, text: str) -> NDArray[np.int64]:

@@ -13,8 +13,10 @@ Parameter names, which checkpoints are made of:
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,19 +190,72 @@ class FlamingoModel(nn.Module):
         """Prompts padded on the left -> prompts and what was generated, as transformers' ``generate`` gives them.
 
         ``how`` is for transformers: max_new_tokens, num_beams, ... It ends at ``<|endofchunk|>`` unless told otherwise.
-        Each image is encoded once, whatever the number of beams.
+        ``images`` may be what ``encode`` made of them. Whatever the number of beams, each image is encoded once, and
+        each prompt is read once where keys and values are kept.
         """
         # use_cache: MPT's config.json turns it off, which was meant for training
         how = {"eos_token_id": self.end_id, "pad_token_id": self.pad_id, "use_cache": True, **how}
+        copies = max(how.get("num_beams", 1), how.get("num_return_sequences", 1))
         with self._conditioned(input_ids, images, image_counts, None, keep=True):
+            if how["use_cache"] and copies > 1 and input_ids.shape[1] > 1:
+                kept, _ = self._read(input_ids[:, :-1], attention_mask[:, :-1], last=False)
+                kept.batch_repeat_interleave(copies)
+                how["past_key_values"] = kept
             return self.language.generate(input_ids=input_ids, attention_mask=attention_mask, **how)  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def after(self, input_ids: Tensor, images: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """Read one prompt, (1, T), once, with all of its ``images``, which may be what ``encode`` made of them.
+
+        Gives the logits of the next token, (V,), and a function from continuations (R, L) to the logits after each of
+        their tokens, (R, L, V).
+        """
+        count = (input_ids == self.image_id).sum(dim=1)
+        with torch.no_grad(), self._conditioned(input_ids, images, count, None, keep=True):
+            kept, last = self._read(input_ids, torch.ones_like(input_ids), last=True)
+
+            def logits(continuations: Tensor) -> Tensor:
+                rows, tokens = continuations.shape
+                own = copy.copy(kept)
+                own.layers = [copy.copy(layer) for layer in kept.layers]
+                own.batch_repeat_interleave(rows)
+                mask = continuations.new_ones(rows, input_ids.shape[1] + tokens)
+                how = self._positions(mask, continuations)
+                found: Tensor = self.language(
+                    input_ids=continuations, attention_mask=mask, past_key_values=own, use_cache=True, **how
+                ).logits
+                return found
+
+            yield last[0], logits
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, last: bool) -> tuple[Any, Tensor]:
+        """Keys and values of the first tokens of the prompts that are ``given``, and the last one's logits if ``last``.
+
+        What follows looks at each prompt's last image.
+        """
+        images = self.given.images
+        assert images is not None
+        self.given.images = Images(images.latents, images.image[:, : input_ids.shape[1]], keep=False)
+        self.given.positions = torch.zeros_like(input_ids, dtype=torch.bool)
+        self.given.positions[:, -1] = last
+        how = self._positions(attention_mask, input_ids)
+        found = self.language(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **how)
+        self.given.positions = None
+        self.given.images = Images(images.latents, images.image[:, -1:], keep=True)
+        return found.past_key_values, found.logits
+
+    def _positions(self, attention_mask: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        """The last tokens' places, counted without padding, where the language model takes them; else its own way."""
+        if "position_ids" not in inspect.signature(self.language.forward).parameters:
+            return {}
+        return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]}
 
     @contextlib.contextmanager
     def _conditioned(
         self, input_ids: Tensor, images: Tensor, image_counts: Tensor, segments: Tensor | None, keep: bool
     ) -> Iterator[None]:
         image = image_of_token(input_ids == self.image_id, image_counts, segments)
-        self.given.images = Images(self.encode(images), image, keep)
+        self.given.images = Images(images if images.ndim == 3 else self.encode(images), image, keep)
         try:
             yield
         finally:
