@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
-from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, ImageSpec, Part, Positive
+from hpc_mm.benchmark import Decoding
+from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, ImageSpec
 from hpc_mm.data.batch import encode, normalised, vocabulary, without_special
 from hpc_mm.data.images import decode
 from hpc_mm.data.pictures import UnreadableImage
@@ -30,14 +30,6 @@ from hpc_mm.models.flamingo import FlamingoModel
 ENCODED = 256  # images that are encoded at once
 CACHED = 2**14  # tokens whose keys and values exist at once while candidates are scored
 LOGITS = 2**26  # that exist at once while candidates are scored: 256 MiB in fp32
-
-
-class Decoding(Part):
-    """How answers are written: the most probable text that beam search finds. The defaults are OpenFlamingo's."""
-
-    max_new_tokens: Positive = Field(20, description="tokens of an answer; what is longer is cut")
-    beams: Positive = Field(3, description="beams of the search; 1 = greedy")
-    length_penalty: float = Field(0.0, description="a beam's log-probability is divided by its length to this power")
 
 
 @dataclass(frozen=True)
