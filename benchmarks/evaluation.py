@@ -3,9 +3,10 @@
     python benchmarks/evaluation.py [size=tiny]
 
 Captioning with 3 beams and 20 new tokens, 4 and 32 shots, 20 tokens per demonstration. Shapes are those of
-OpenFlamingo-3B (ViT-L/14 on 224 pixels, MPT-1B with cross-attention before every layer) with a quarter of every width
-and depth, so that an image still costs about as much as two demonstrations' text. The language model is a llama: that
-much open_flamingo 2.0.1 and today's transformers have in common.
+OpenFlamingo-3B (ViT-L/14 on 224 pixels, MPT-1B with cross-attention before every layer) with an eighth of every width
+and depth. What open_flamingo fixes stays as it is: six layers and 64 latents of the resampler, and heads of 512 in all.
+An image so costs about five times the text of a demonstration, where OpenFlamingo-3B's costs about twice. The language
+model is a llama: that much open_flamingo 2.0.1 and today's transformers have in common.
 
 Ours is asked as an evaluation asks it: demonstrations come from a query set, and 2,048 images per 5,000 questions, as
 for COCO, are new among them; the others were encoded for earlier questions. open_flamingo's is the generation of its
@@ -37,8 +38,8 @@ from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.models.flamingo import build, load_tokenizer
 from hpc_mm.models.openflamingo_weights import load_openflamingo
 
-TOWER = {"image_size": 224, "patch_size": 14, "layers": 6, "width": 256, "head_width": 64}
-LLAMA = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
+TOWER = {"image_size": 224, "patch_size": 14, "layers": 3, "width": 128, "head_width": 64}
+LLAMA = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES = {"resampler_latents": 64}  # as open_flamingo fixes them
 TINY_TOWER = {"image_size": 32, "patch_size": 16, "layers": 2, "width": 64, "head_width": 16}
 TINY_LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
