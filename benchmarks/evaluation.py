@@ -30,7 +30,8 @@ from peer import flamingo, reference
 from PIL import Image as Picture
 from torch.nn import functional
 
-from hpc_mm.answering import Decoding, FlamingoAnswers
+from hpc_mm.answering import FlamingoAnswers
+from hpc_mm.benchmark import Decoding
 from hpc_mm.config import parse_arguments
 from hpc_mm.data.batch import normalised
 from hpc_mm.data.images import decode

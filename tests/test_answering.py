@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from hpc_mm.answering import Candidates, Decoding, Features, FlamingoAnswers
+from hpc_mm.answering import Candidates, Features, FlamingoAnswers
+from hpc_mm.benchmark import Decoding
 from hpc_mm.config import ConfigError, Flamingo, Language, Vision
 from hpc_mm.data.batch import normalised
 from hpc_mm.data.images import decode

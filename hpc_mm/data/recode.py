@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hpc_mm.config import Part, Positive
 from hpc_mm.data.pictures import MAX_PIXELS, TRANSPOSE, as_rgb, draft_to, opened_picture, orientation
@@ -37,6 +37,11 @@ class Recode(Part):
         description="width x height above which an image is refused by its header; a task decodes 64 megapixels "
         "at once at most, in 1.3 GB at most",
     )
+
+    @field_validator("resize", mode="before")
+    @classmethod
+    def none_is_a_mode(cls, resize: Any) -> Any:
+        return "none" if resize is None else resize  # as the command line reads the word
 
 
 @dataclass(frozen=True)

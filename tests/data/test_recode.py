@@ -344,3 +344,7 @@ def test_damaged_bytes_are_a_picture_or_unreadable(kind: str, places: list[tuple
         opened(recode(bytes(data), MODES[1]))
     except UnreadableImage as reason:
         assert str(reason)
+
+
+def test_none_can_be_said_on_a_command_line() -> None:
+    assert Recode.model_validate({"resize": None}) == Recode(resize="none")
