@@ -217,6 +217,8 @@ def told(path: Path) -> Iterator[None]:
     """What a disk says while a file is written (no space left, ...) as ConfigError with its name."""
     try:
         yield
+    except FileNotFoundError:  # what is to be copied is not there: no disk's fault
+        raise
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
