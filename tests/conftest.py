@@ -1,12 +1,12 @@
 """What several tests share."""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from required import absent
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -32,6 +32,4 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def java() -> None:
     if shutil.which("java") is None:
-        if os.environ.get("HPC_MM_REQUIRE_CLUSTER") == "1":
-            pytest.fail("HPC_MM_REQUIRE_CLUSTER=1, but there is no java on PATH")
-        pytest.skip("no java on PATH; the oracle's tokenizer is written in it")
+        absent("no java on PATH; the oracle's tokenizer is written in it")

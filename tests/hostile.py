@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
+from required import absent
 
 SERVER = "127.0.0.2"  # the one address that tests allow
 CANARY = "127.0.0.1"  # where the same server listens, and nothing may come
@@ -362,7 +362,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
     """A certificate for tls.test that nobody trusts, and its key."""
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("openssl makes the certificate")
+        absent("no openssl on PATH; it makes the certificate")
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=tls.test"]
     words += ["-addext", "subjectAltName=DNS:tls.test", "-keyout", str(key), "-out", str(certificate)]

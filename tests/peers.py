@@ -6,14 +6,14 @@ import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-import pytest
+from required import absent
 
 
 def peer(package: str, path: str) -> ModuleType:
     """A file of an installed package, without running the package's own __init__."""
     found: ModuleSpec | None = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        pytest.skip(f"{package} is not installed")
+        absent(f"{package} is not installed")
     name = f"{package}_{path.replace('/', '_').removesuffix('.py')}"
     spec = importlib.util.spec_from_file_location(name, f"{found.submodule_search_locations[0]}/{path}")
     assert spec and spec.loader

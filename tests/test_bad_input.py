@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import samples
 from image_server import image_server
+from required import absent
 from scripts import SCRIPTS, run, written
 
 from hpc_mm.data.schema import image_key
@@ -281,7 +282,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
+        absent("only root can mount a small disk")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

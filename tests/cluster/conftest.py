@@ -8,29 +8,22 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from checkout import ROOT, environment
+from required import absent
 
 FOLDER = Path(os.environ.get("HPC_MM_CLUSTER_DIR", "/var/tmp/hpc_mm-cluster"))
-
-
-def absent(reason: str) -> NoReturn:
-    """Skip; or fail where the cluster was promised."""
-    if os.environ.get("HPC_MM_REQUIRE_CLUSTER") == "1":
-        pytest.fail(f"{reason}, and HPC_MM_REQUIRE_CLUSTER=1")
-    pytest.skip(f"{reason} (make cluster starts both Slurm and Ceph)")
 
 
 @pytest.fixture(scope="session")
 def slurm() -> None:
     """Slurm with four idle or busy nodes and the partitions main, short and urgent."""
     if shutil.which("sinfo") is None:
-        absent("Slurm is not installed")
+        absent("Slurm is not installed (make cluster does it)")
     answer = subprocess.run(["sinfo", "--noheader", "-o", "%R"], capture_output=True, text=True, timeout=30)
     if answer.returncode:
-        absent("Slurm does not run")
+        absent("Slurm does not run (make cluster starts it)")
     if not {"main", "short", "urgent"} <= set(answer.stdout.split()):
         absent("the Slurm here is not that of tests/cluster/slurm.sh")
 
@@ -40,7 +33,7 @@ def ceph() -> Iterator[str]:
     """The address of a new bucket; boto3 finds endpoint and credentials in the environment."""
     file = FOLDER / "ceph" / "s3.env"
     if not file.exists():
-        absent("Ceph does not run")
+        absent("Ceph does not run (make cluster starts it)")
     values = dict(line.split("=", 1) for line in file.read_text().splitlines())
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     with pytest.MonkeyPatch.context() as patch:
