@@ -35,15 +35,16 @@ def appears(file: Path, seconds: int = 120) -> None:
 
 
 def wait(job: str, seconds: int = 120) -> str:
-    """The state in which a job has ended."""
+    """The state in which a job has ended; of an array, that of a task that did not complete, if there is one."""
     for _ in range(seconds * 2):
         if not subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout:
             break
         time.sleep(0.5)
     for _ in range(40):  # accounting comes a little later
-        state = subprocess.run(["sacct", "-nXj", job, "-o", "State"], capture_output=True, text=True).stdout.split()
-        if state and state[0] not in ("PENDING", "RUNNING"):
-            return state[0]
+        said = subprocess.run(["sacct", "-nXj", job, "-o", "State"], capture_output=True, text=True).stdout
+        states = [line.split()[0] for line in said.splitlines()]
+        if states and not {"PENDING", "RUNNING"} & set(states):
+            return next((state for state in states if state != "COMPLETED"), "COMPLETED")
         time.sleep(0.5)
     raise AssertionError(f"job {job} does not end")
 

@@ -183,8 +183,8 @@ def test_more_tasks_than_an_array_takes(slurm: None, pairs: tuple[ImageServer, P
 
 
 def test_the_hand_written_script_runs_a_stage(slurm: None, pairs: tuple[ImageServer, Path], tmp_path: Path) -> None:
-    _, source = pairs
-    open_store(f"{tmp_path}/images", make=True)
+    server, source = pairs
+    open_store(f"{tmp_path}/images", make=True).write(image_key(server.url(0)), samples.encoded(samples.picture(0)))
     values = environment(ROOT, tmp_path, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     command = ["sbatch", "--parsable", "--cpus-per-task=1", "--mem=500M", f"--output={tmp_path}/%a.log", "--array=0-1"]
     command += ["sbatch/data_prep.sbatch", "data_prep/cc3m.py", f"source={source}", f"out={tmp_path}/out", "tasks=2"]
