@@ -7,21 +7,49 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_mm import slurm
 from hpc_mm.command import ROOT, Submission, header, site_directives
-from hpc_mm.config import ConfigError
+from hpc_mm.config import ConfigError, Slurm
+from hpc_mm.data.store import whole
 from hpc_mm.deadline import LAUNCHER
-from hpc_mm.prepare import SHARED, STAGES, Preparation, whole
 from hpc_mm.site import read_site
 from hpc_mm.submission import frozen, locked, next_submission
 
-SNAPSHOT = ("hpc_mm", "data_prep", "sbatch")  # what a job reads of the checkout
-WARNING = 120  # seconds before a job's end at which it goes back into the queue (sbatch/data_prep.sbatch has it too)
+WARNING = 120  # seconds before a job's end at which it goes back into the queue (sbatch/*.sbatch have it too)
 LEAST_MINUTES = 3  # a start, and some work before the warning
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the work: an array of ``tasks`` jobs, or a single job where that is None. A job has one node."""
+
+    name: str
+    tasks: int | None = None
+    gpus: int = 0  # of each job
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is handed to Slurm: ``WORDS stage=STAGE`` for every stage, in an array with ``task=N`` too."""
+
+    name: str  # jobs are NAME-STAGE
+    folder: str  # of its submissions, below the site's runs
+    stages: Sequence[Stage]  # what is to do, each after the one before
+    every: Sequence[str]  # names of all stages that this work can have, of which none may be in the queue
+    words: Sequence[str]  # a script of the checkout, then key=value
+    places: Sequence[str]  # addresses that a job reads or writes, which a container must see; empty ones are none
+    snapshot: Sequence[str]  # folders of the checkout that a job reads
+    slurm: Slurm
+
+
+def wants_slurm(cluster: str) -> bool:
+    """Whether ``cluster=`` (auto, slurm, local, print) means jobs, or the sight of them, and not processes here."""
+    return cluster in ("slurm", "print") or (cluster == "auto" and slurm.is_here())
 
 
 def run_tasks(words: Sequence[str], stage: str, tasks: int) -> int:
@@ -38,35 +66,37 @@ def run_tasks(words: Sequence[str], stage: str, tasks: int) -> int:
     return 1 if failed else 0
 
 
-def script(options: Preparation, stage: str, tasks: range, words: Sequence[str], submission: Submission) -> str:
-    """The batch script of one array: task ``tasks.start + i`` is its i-th job."""
-    array = stage in SHARED
-    log = submission.folder / (f"{stage}-%A_%a.log" if array else f"{stage}-%j.log")
-    directives = {"job-name": f"{job_name(options)}-{stage}", "nodes": "1", "ntasks": "1", "output": str(log)}
+def script(work: Work, stage: Stage, tasks: range, submission: Submission) -> str:
+    """The batch script of one job or array: task ``tasks.start + i`` is its i-th job."""
+    array = stage.tasks is not None
+    log = submission.folder / (f"{stage.name}-%A_%a.log" if array else f"{stage.name}-%j.log")
+    directives = {"job-name": f"{work.name}-{stage.name}", "nodes": "1", "ntasks": "1", "output": str(log)}
     directives |= {"open-mode": "append", "requeue": "", "signal": f"B:USR2@{WARNING}"}
-    directives |= site_directives(options.slurm)
+    if stage.gpus:
+        directives["gpus-per-node"] = str(stage.gpus)
+    directives |= site_directives(work.slurm)
     if array:
         directives["array"] = f"0-{len(tasks) - 1}"
     lines = [*header(directives), "set -eo pipefail"]
     lines += [f"cd {shlex.quote(str(submission.code))}  # the code as it was at submission", "export PYTHONPATH=$PWD"]
-    step = container_step(options, submission)
+    step = container_step(work, submission)
     if not step:
         lines.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
-    command = shlex.join([*step, *words, f"stage={stage}"])
+    command = shlex.join([*step, *work.words, f"stage={stage.name}"])
     if array:
         command += f" task=$(({tasks.start} + SLURM_ARRAY_TASK_ID))"
-    return "\n".join([*lines, f"exec bash sbatch/data_prep.sbatch {command}", ""])
+    return "\n".join([*lines, f"exec bash sbatch/stage.sh {command}", ""])
 
 
-def container_step(options: Preparation, submission: Submission) -> list[str]:
-    """What stands before a data_prep/ script to run it in slurm.container, as training does; nothing without one."""
-    if not options.slurm.container:
+def container_step(work: Work, submission: Submission) -> list[str]:
+    """What stands before a script to run it in slurm.container, as training does; nothing without one."""
+    if not work.slurm.container:
         return []
-    places = [options.source, options.out, options.images, *options.filters.against, os.environ.get("HPC_MM_SITE", "")]
+    places = [*work.places, os.environ.get("HPC_MM_SITE", "")]
     folders = {str(submission.run_folder), *(mounted(whole(place)) for place in places if place)}
     return [
         "srun",
-        f"--container-image={options.slurm.container}",
+        f"--container-image={work.slurm.container}",
         f"--container-mounts={','.join(f'{folder}:{folder}' for folder in sorted(folders) if folder)}",
         f"--container-workdir={submission.code}",
         *("python", "-u"),
@@ -83,23 +113,16 @@ def mounted(address: str) -> str:
     return str(folder) if folder != Path("/") else address
 
 
-def scripts(
-    options: Preparation, stages: Sequence[str], words: Sequence[str], submission: Submission
-) -> dict[str, str]:
-    """Every batch script by its name, in the order of submission; no array is longer than the cluster takes."""
+def scripts(work: Work, stage: Stage, submission: Submission) -> dict[str, str]:
+    """The stage's batch scripts by name: several where it has more tasks than the cluster takes in an array."""
+    count = stage.tasks or 1
+    longest = longest_array() if count > 1 else count
     found = {}
-    for stage in stages:
-        count = options.tasks if stage in SHARED else 1
-        longest = longest_array() if count > 1 else count
-        for number, start in enumerate(range(0, count, longest)):
-            tasks = range(start, min(start + longest, count))
-            name = f"{stage}.sbatch" if count <= longest else f"{stage}-{number}.sbatch"
-            found[name] = script(options, stage, tasks, words, submission)
+    for number, start in enumerate(range(0, count, longest)):
+        tasks = range(start, min(start + longest, count))
+        name = f"{stage.name}.sbatch" if count <= longest else f"{stage.name}-{number}.sbatch"
+        found[name] = script(work, stage, tasks, submission)
     return found
-
-
-def job_name(options: Preparation) -> str:
-    return options.name or Path(options.out.rstrip("/")).name
 
 
 def longest_array() -> int:
@@ -110,29 +133,34 @@ def longest_array() -> int:
     return int(found.group(1)) if found else 1000
 
 
-def queue(options: Preparation, stages: Sequence[str], words: Sequence[str]) -> int:
-    """Submit the stages, each after the one before has ended well; or show their scripts (cluster=print)."""
-    check_time(options.slurm.time)
-    folder = Path(read_site().runs).expanduser().resolve() / f"prepare-{job_name(options)}"
-    if options.cluster == "print":
-        print("\n".join(scripts(options, stages, words, next_submission(folder)).values()))
-        return 0
+def queue(work: Work, cluster: str) -> dict[str, list[str]]:
+    """Submit the stages, each after the one before has ended well; or show their scripts (cluster=print).
+
+    Gives the jobs of every stage, of which it has several where an array has not room for all its tasks.
+    """
+    check_time(work.slurm.time)
+    folder = Path(read_site().runs).expanduser().resolve() / work.folder
+    if cluster == "print":
+        submission = next_submission(folder)
+        print("\n".join(text for stage in work.stages for text in scripts(work, stage, submission).values()))
+        return {}
     if not slurm.is_here():
         raise ConfigError("cluster=slurm: sbatch is not on PATH; cluster=local runs here, cluster=print shows the jobs")
     with locked(folder):
-        refuse_if_active(job_name(options))
+        refuse_if_active(work)
         submission = next_submission(folder)
-        texts = scripts(options, stages, words, submission)
-        for text in texts.values():
+        texts = {stage.name: scripts(work, stage, submission) for stage in work.stages}
+        files = {name: text for found in texts.values() for name, text in found.items()}
+        for text in files.values():
             slurm.test(text)
-        with frozen(submission, SNAPSHOT, texts):
+        with frozen(submission, work.snapshot, files):
             pass
-        jobs = chained(stages, submission, list(texts))
+        jobs = chained({stage: [submission.folder / name for name in found] for stage, found in texts.items()})
     for stage, numbers in jobs.items():
         print(f"submitted {stage}: job {', '.join(numbers)}")
     every = " ".join(job for numbers in jobs.values() for job in numbers)
     print(f"  logs    {submission.folder}\n  cancel  scancel {every}")
-    return 0
+    return jobs
 
 
 def check_time(time: str) -> None:
@@ -143,24 +171,22 @@ def check_time(time: str) -> None:
         )
 
 
-def chained(stages: Sequence[str], submission: Submission, names: Sequence[str]) -> dict[str, list[str]]:
-    """The jobs of every stage. Where Slurm refuses one, those before it are taken back."""
+def chained(files: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
+    """Submit the batch scripts of every stage; its jobs. Where Slurm refuses one, those before it are taken back."""
     jobs: dict[str, list[str]] = {}
+    before: list[str] = []
     try:
-        for name in names:
-            stage = name.removesuffix(".sbatch").partition("-")[0]
-            before = previous(stages, stage)
-            jobs.setdefault(stage, []).append(submit(submission.folder / name, jobs[before] if before else []))
+        for stage, scripts in files.items():
+            jobs[stage] = []
+            for file in scripts:
+                jobs[stage].append(submit(file, before))
+            before = jobs[stage]
     except ConfigError:
-        for numbers in jobs.values():
-            subprocess.run(["scancel", *numbers], check=False)
+        submitted = [job for numbers in jobs.values() for job in numbers]
+        if submitted:
+            subprocess.run(["scancel", *submitted], check=False)
         raise
     return jobs
-
-
-def previous(stages: Sequence[str], stage: str) -> str:
-    place = stages.index(stage)
-    return stages[place - 1] if place else ""
 
 
 def submit(file: Path, after: Sequence[str]) -> str:
@@ -174,9 +200,9 @@ def submit(file: Path, after: Sequence[str]) -> str:
     return answer.stdout.strip().partition(";")[0]
 
 
-def refuse_if_active(name: str) -> None:
+def refuse_if_active(work: Work) -> None:
     """Two jobs must not work on the same parts."""
-    names = ",".join(f"{name}-{stage}" for stage in STAGES)
+    names = ",".join(f"{work.name}-{stage}" for stage in work.every)
     active = slurm.ask("squeue", "--me", "--noheader", f"--name={names}", "-o", "%i %j").split("\n")[0]
     if active:
         job, _, stage = active.partition(" ")

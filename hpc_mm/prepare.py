@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hpc_mm import pack
+from hpc_mm.arrays import Stage, Work, queue, run_tasks, wants_slurm
 from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown, validated, with_overrides
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.filters import Filters
@@ -28,7 +29,7 @@ from hpc_mm.data.parts import SourcePart, changes
 from hpc_mm.data.recode import Recode
 from hpc_mm.data.records import DamagedFile
 from hpc_mm.data.schema import image_key
-from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, checked, open_store
+from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, checked, open_store, whole
 from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
 from hpc_mm.data.web import MEANING, MISSING, NOT_AN_IMAGE, Web
 from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
@@ -36,6 +37,7 @@ from hpc_mm.site import read_site
 
 STAGES = ("plan", "fetch", "pack", "verify")
 SHARED = ("fetch", "pack")  # stages that several tasks divide
+SNAPSHOT = ("hpc_mm", "data_prep", "sbatch")  # what a job reads of the checkout
 RECODED = ".recode.json"  # in a store of images, how they were made; hidden in a folder, and no SHA-256
 
 
@@ -296,8 +298,6 @@ def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, 
             with ended_in_order():
                 run_stage(stage, options, corpus)
             continue
-        from hpc_mm.arrays import run_tasks
-
         if stage == "pack":  # once for all tasks: a file on the web is copied, a mistake told
             pack.check_first(options, *first_part(options))
         code = run_tasks([sys.executable, *script_words(words, options)], stage, options.tasks)
@@ -316,8 +316,19 @@ def script_words(words: Sequence[str], options: Preparation) -> list[str]:
     return [f"data_prep/{Path(sys.argv[0]).name}", "cluster=local", *places, *kept]
 
 
-def whole(address: str) -> str:
-    return address if "://" in address else str(Path(address).expanduser().absolute())
+def jobs(stages: Sequence[str], words: Sequence[str], options: Preparation) -> Work:
+    """The stages as Slurm gets them."""
+    name = options.name or Path(options.out.rstrip("/")).name
+    return Work(
+        name=name,
+        folder=f"prepare-{name}",
+        stages=[Stage(stage, options.tasks if stage in SHARED else None) for stage in stages],
+        every=STAGES,
+        words=script_words(words, options),
+        places=(options.source, options.out, options.images, *options.filters.against),
+        snapshot=SNAPSHOT,
+        slurm=options.slurm,
+    )
 
 
 def main(
@@ -332,12 +343,11 @@ def main(
         options = read_options(kind, words)
         every = STAGES if options.FETCHES else STAGES[2:]
         stages = every if options.stage == "all" else (options.stage,)
-        if wants_slurm(options):
-            from hpc_mm.arrays import queue
-
+        if options.task is None and wants_slurm(options.cluster):
             if options.cluster != "print":  # before the queue, not in it
                 pack.check_first(options, *first_part(options))
-            return queue(options, stages, script_words(words, options))
+            queue(jobs(stages, words, options), options.cluster)
+            return 0
         return run_here(stages, words, options, Corpus(urls, arrange))
     except (ConfigError, StoreError, MissingKey, StoreDown, OSError, MemoryError) as error:  # OSError: of disks
         print(str(error) or repr(error), file=sys.stderr)
@@ -361,11 +371,3 @@ def read_options(kind: type[Any], words: Sequence[str]) -> Any:
 def first_part(options: Preparation) -> tuple[Store, SourcePart]:
     store, parts = options.parts()
     return store, parts[0]
-
-
-def wants_slurm(options: Preparation) -> bool:
-    from hpc_mm import slurm
-
-    if options.task is not None:
-        return False
-    return options.cluster in ("slurm", "print") or (options.cluster == "auto" and slurm.is_here())

@@ -1,5 +1,6 @@
-"""The array jobs of data preparation as text; tests/cluster/test_corpora.py submits them."""
+"""Stages as array jobs, as text; tests/cluster/ submits them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT, environment
+
+from hpc_mm.arrays import Stage, Work, queue
+from hpc_mm.config import Slurm
 
 
 def run(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +28,6 @@ def test_every_stage_is_a_script(tmp_path: Path) -> None:
     said = printed(
         tmp_path, "source=in.tsv", "out=s3://corpora/cc3m", "tasks=8", "slurm.partition=long", "web.host_rate=5"
     )
-    script = ROOT / "sbatch" / "data_prep.sbatch"
     scripts = [f"#!/bin/bash{text}" for text in said.split("#!/bin/bash")[1:]]
     assert [re.findall(r"stage=(\w+)", text) for text in scripts] == [["plan"], ["fetch"], ["pack"], ["verify"]]
     assert ["--array=0-7" in text for text in scripts] == [False, True, True, False]
@@ -32,9 +35,48 @@ def test_every_stage_is_a_script(tmp_path: Path) -> None:
         assert "--partition=long" in text and "web.host_rate=5" in text and f"source={ROOT}/in.tsv" in text
         assert "out=s3://corpora/cc3m images=s3://corpora/images" in text
         assert subprocess.run(["/bin/bash", "-n"], input=text, text=True).returncode == 0
-        hand = re.findall(r"^#SBATCH --(?:signal|requeue|nodes).*", script.read_text(), re.MULTILINE)
-        assert len(hand) == 3 and set(hand) <= set(text.splitlines())
+        for name in ("data_prep", "eval"):
+            hand = (ROOT / "sbatch" / f"{name}.sbatch").read_text()
+            same = re.findall(r"^#SBATCH --(?:signal|requeue|nodes|ntasks|open-mode).*", hand, re.MULTILINE)
+            assert len(same) == 5 and set(same) <= set(text.splitlines())
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_has_gpus_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in environment(ROOT, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    stages = (Stage("answer", 1, gpus=2), Stage("collect"))
+    words = ["eval/some.py", "checkpoint=a b"]
+    work = Work("toy", "eval-toy", stages, ("answer", "collect"), words, (), ("hpc_mm",), Slurm(qos="long"))
+    assert queue(work, "print") == {}
+    answer, collect = capsys.readouterr().out.split("#!/bin/bash")[1:]
+    logs = f"{tmp_path}/runs/eval-toy/submissions/001"
+    for text, name, log in (answer, "answer", "%A_%a"), (collect, "collect", "%j"):
+        assert f"--job-name=toy-{name}\n" in text and f"--output={logs}/{name}-{log}.log" in text
+        assert "--qos=long\n" in text and f"cd {logs}/code " in text
+        assert f"exec bash sbatch/stage.sh eval/some.py 'checkpoint=a b' stage={name}" in text
+    assert "--gpus-per-node=2\n" in answer and "--array=0-0\n" in answer and "task=" in answer
+    assert "--gpus" not in collect and "--array" not in collect and "task=" not in collect
+
+
+@pytest.mark.parametrize("name", ["data_prep", "eval"])
+def test_a_script_by_hand_is_told_its_task(name: str, tmp_path: Path) -> None:
+    (tmp_path / "some.py").write_text("import sys\nprint(sys.argv[1:])\n")
+    values = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def said(*words: str, **more: str) -> str:
+        command = ["bash", f"sbatch/{name}.sbatch", *words]
+        result = subprocess.run(command, cwd=ROOT, env={**values, **more}, capture_output=True, text=True)
+        return result.stdout if result.returncode == 0 else result.stderr
+
+    script = f"{tmp_path}/some.py"
+    assert said(script, "tasks=8") == "['tasks=8', 'cluster=local']\n"
+    array = {"SLURM_ARRAY_TASK_ID": "3"}
+    assert said("python", script, "tasks=8", **array) == "['tasks=8', 'cluster=local', 'task=3']\n"
+    assert said(script, "cluster=print", "task=5", **array) == "['cluster=print', 'task=5']\n"
+    assert f"usage: sbatch --array=0-N sbatch/{name}.sbatch " in said()
 
 
 def test_a_container_runs_the_work_and_sees_its_folders(tmp_path: Path) -> None:
@@ -44,7 +86,7 @@ def test_a_container_runs_the_work_and_sees_its_folders(tmp_path: Path) -> None:
     folders = sorted(map(str, [ROOT, tmp_path, tmp_path / "in", tmp_path / "runs" / "prepare-out"]))
     mounts = ",".join(f"{folder}:{folder}" for folder in folders)
     step = f"srun '--container-image=nvcr.io#some/image' --container-mounts={mounts} --container-workdir="
-    assert f"exec bash sbatch/data_prep.sbatch {step}" in said and "/code python -u data_prep/cc3m.py" in said
+    assert f"exec bash sbatch/stage.sh {step}" in said and "/code python -u data_prep/cc3m.py" in said
     assert f"{ROOT}/hashes.npy" in said, "jobs run in another folder"
     assert "export PATH" not in said, "the container has a Python of its own"
 

@@ -73,10 +73,10 @@ def open_store(address: str, deadline: float = DEADLINE, make: bool = False) -> 
     if not found:
         if not address:
             raise ConfigError("an empty address names no store: give a folder or s3://bucket/prefix")
-        folder = Path(address).expanduser().absolute()
+        folder = whole(address)
         if make:
-            make_folder(folder)
-        return FolderStore(str(folder))
+            make_folder(Path(folder))
+        return FolderStore(folder)
     if scheme != "s3":
         raise ConfigError(f"{address}: stores are folders or s3://bucket/prefix, not {scheme}://")
     bucket, _, prefix = rest.partition("/")
@@ -85,6 +85,11 @@ def open_store(address: str, deadline: float = DEADLINE, make: bool = False) -> 
     from hpc_mm.data.s3 import S3Store  # boto3 takes longer to import than the rest of a launch
 
     return S3Store(bucket, prefix.strip("/"), deadline)
+
+
+def whole(address: str) -> str:
+    """The address as it is in every folder that a job may run in: a path from the root."""
+    return address if "://" in address else str(Path(address).expanduser().absolute())
 
 
 def write_changed(store: Store, key: str, data: bytes) -> None:
