@@ -23,7 +23,7 @@ from hpc_mm.data.recode import Recode, recode
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import BrokenShard, ShardReader, Shards, check_shards, read_manifest
 from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, open_store, refuse_if_down
-from hpc_mm.report import PAGE, STYLE, picture
+from hpc_mm.page import document, picture
 
 AHEAD = 64  # samples per thread that are being read
 LISTED = 50  # lines of a list on the page and on the screen that are written out
@@ -295,7 +295,7 @@ def page(corpus: Corpus, others: list[Listing], options: Lint) -> str:
         "<h2>Samples</h2>\n<p>The first image and the start of the text.</p>",
         f'<div class="samples">{cards(corpus)}</div>',
     ]
-    return PAGE.format(title=escape(f"{corpus.address}: lint"), style=STYLE, body="\n".join(parts))
+    return document(f"{corpus.address}: lint", "\n".join(parts))
 
 
 def listed(listings: list[Listing], is_open: str = "") -> str:
