@@ -176,9 +176,9 @@ def chained(files: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
     jobs: dict[str, list[str]] = {}
     before: list[str] = []
     try:
-        for stage, scripts in files.items():
+        for stage, batches in files.items():
             jobs[stage] = []
-            for file in scripts:
+            for file in batches:
                 jobs[stage].append(submit(file, before))
             before = jobs[stage]
     except ConfigError:
