@@ -32,6 +32,7 @@ from hpc_mm.data.schema import Image, Sample
 from hpc_mm.data.shards import corpus_digest, read_manifest, read_samples
 from hpc_mm.data.sources import open_source
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store, opened
+from hpc_mm.site import read_options
 
 ENDINGS = (".json", ".json.gz", ".zip")
 HASHES = "hashes.npy"  # of a benchmark's images, beside its shards
@@ -203,7 +204,7 @@ def main(kind: type[Benchmark], arguments: Sequence[str] | None = None) -> int:
     if code:
         return code
     try:
-        write_hash_index(open_store(prepare.read_options(kind, words).out))
+        write_hash_index(open_store(read_options(kind, words).out))
     except (ConfigError, StoreError, MissingKey, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -76,13 +76,15 @@ class Benchmark(Part):
     demonstrations: str = Field("train", description="split that demonstrations are drawn from")
     prompt: Prompt = Field(description="text of a question and of a demonstration")
     decoding: Decoding = Field(Decoding(), description="how answers are searched for; classes are scored instead")
-    classes: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="names to choose from")
+    classes: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="names to choose from; of kind=classes, none = the labels of the demonstrations' split"
+    )
     metric: str = Field(description="what is computed, such as cider")
 
     @model_validator(mode="after")
     def only_classes_have_names(self) -> Benchmark:
-        if (self.kind == "classes") != bool(self.classes):
-            raise ValueError(f"classes={self.classes}: kind=classes needs names, kind={self.kind} is what was given")
+        if self.classes and self.kind != "classes":
+            raise ValueError(f"classes={self.classes}: kind=classes has names, kind={self.kind} is what was given")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes: {doubled(self.classes)} is there twice")
         return self
@@ -150,7 +152,7 @@ def questions(address: str, split: str, benchmark: Benchmark) -> list[Question]:
     twice = doubled(question.id for question in found)
     if twice is not None:
         raise ConfigError(f"{address} split={split}: question {twice} is there twice")
-    if benchmark.kind == "classes":
+    if benchmark.classes:
         strange = dict.fromkeys(label for question in found for label in question.references).keys() - benchmark.classes
         if strange:
             raise ConfigError(

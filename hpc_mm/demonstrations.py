@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from random import Random
 from types import MappingProxyType
@@ -55,22 +55,28 @@ class QuerySet:
         )
         self._of_image = Counter(question.image_key for question in self.questions)
 
-    def check(self, shots: int) -> None:
+    def check(self, shots: int, asked: Iterable[Question] = ()) -> None:
         """ConfigError where a prompt would show more demonstrations than there are. Before any work is planned."""
         if shown(shots) > len(self.questions):
             raise ConfigError(f"shots={shots} shows {shown(shots)} of a query set of {len(self.questions)}: too few")
+        for question in asked:
+            self._own(question, shots)
 
     def shots(self, question: Question, shots: int) -> list[Question]:
         """Different demonstrations for a question, none about its own image, whatever else is asked or when."""
-        own = self._of_image[question.image_key]
-        count = shown(shots)
-        if count > len(self.questions) - own:
-            raise ConfigError(
-                f"shots={shots} shows {count} demonstrations, but only {len(self.questions) - own} of the query set's "
-                f"{len(self.questions)} are about another image than question {question.id}"
-            )
+        own, count = self._own(question, shots), shown(shots)
         drawn = Random(f"{self.seed}/{question.id}").sample(self.questions, count + own)
         return [other for other in drawn if other.image_key != question.image_key][:count]
+
+    def _own(self, question: Question, shots: int) -> int:
+        """How many of the set are about the question's own image. ConfigError where too few are left without them."""
+        own = self._of_image[question.image_key]
+        if shown(shots) > len(self.questions) - own:
+            raise ConfigError(
+                f"shots={shots} shows {shown(shots)} demonstrations, but only {len(self.questions) - own} of the query "
+                f"set's {len(self.questions)} are about another image than question {question.id}"
+            )
+        return own
 
 
 # ---------------------------------------------------------------- by similarity (RICES)
@@ -88,6 +94,11 @@ class Similar:
         for question in answered(pool):
             self.of_image.setdefault(question.image_key, []).append(question)
         self.images = list(self.of_image)  # row i of the features is of image i
+
+    def check(self, shots: int) -> None:
+        """ConfigError where not every prompt can show as many as it should. Before any work is planned."""
+        if shown(shots) >= len(self.images):
+            raise ConfigError(f"shots={shots} shows {shown(shots)} of a pool about {len(self.images)} images: too few")
 
     def shots(self, question: Question, shots: int, nearest: Sequence[int]) -> list[Question]:
         """``nearest``: by ``most_similar``, one image more than demonstrations, since one may be its own (or all)."""

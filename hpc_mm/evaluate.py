@@ -1,182 +1,251 @@
-"""What eval/ scripts call: a run's model x a benchmark's held-out samples -> captions as JSONL -> a score."""
+"""What eval/ scripts call: a checkpoint's answers to a benchmark's questions, in parts by any number of tasks, scored.
+
+``plan`` fixes questions and demonstrations, ``features`` makes images comparable (similar demonstrations alone need
+it), ``answer`` is the model's work, ``collect`` scores. Each skips what is done, so any of them is simply run again.
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
-import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-import torch
-from pydantic import Field
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from pydantic import Field, field_validator
 
-from hpc_mm import checkpoint, metrics
-from hpc_mm.config import (
-    IMAGE_TOKEN,
-    ConfigError,
-    ImageSpec,
-    Part,
-    Positive,
-    Run,
-    parse_arguments,
-    read_run,
-    with_overrides,
-)
-from hpc_mm.data.batch import normalised
-from hpc_mm.data.images import decode
-from hpc_mm.data.pictures import UnreadableImage
-from hpc_mm.data.schema import Sample, Text
-from hpc_mm.data.shards import BrokenShard, read_samples
-from hpc_mm.data.store import MissingKey, StoreError, open_store
-from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
-from hpc_mm.site import in_store, read_site
+from hpc_mm import answerer, results, trials
+from hpc_mm.benchmark import Benchmark, Decoding, questions
+from hpc_mm.checkpoint import LATEST
+from hpc_mm.config import ConfigError, Part, Positive, Slurm, read_run
+from hpc_mm.data.store import MissingKey, StoreDown, StoreError, whole
+from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
+from hpc_mm.demonstrations import QUERY_SET
+from hpc_mm.predictions import SIZE, parts_to_do
+from hpc_mm.protocol import RICES
+from hpc_mm.rules import OPENFLAMINGO, rules_of
+from hpc_mm.scoring import metric_of
+from hpc_mm.similarity import Encoder
+from hpc_mm.site import in_store, read_options, read_site
+from hpc_mm.trials import Choice, Planned, Trial
+
+PLAN, FEATURES, ANSWER, COLLECT = STAGES = ("plan", "features", "answer", "collect")
+SHARED = (FEATURES, ANSWER)  # stages that several tasks divide
+SNAPSHOT = ("hpc_mm", "eval", "sbatch")  # what a job reads of the checkout
+Whole = Annotated[int, Field(ge=0)]
 
 
-class Captions(Part):
-    """A captioning benchmark. Each eval/ script gives its own values; the command line changes them."""
+class Evaluation(Part):
+    """What every eval/ script takes. ``split`` and ``decoding`` are the script's, unless they are given."""
 
-    run: str = Field("", description="folder of the run")
-    steps: tuple[str, ...] = Field(
-        ("0", checkpoint.LATEST), description="0 = the weights before training, latest, or a number"
-    )
-    data: str = Field(description="shards of images with references: an address, or a name inside the site's store")
-    samples: Positive = Field(100, description="images, the first ones of the shards")
-    prompt: str = Field(IMAGE_TOKEN, description="what stands before the caption, with one <image>")
-    max_new_tokens: Positive = Field(32, description="tokens of a caption; what is longer is cut")
-    batch: Positive = Field(50, description="images that are captioned at once")
+    checkpoint: str = Field(description="folder of a run, or of weights that hpc_mm.export wrote")
+    step: str = Field(LATEST, description="of the run's checkpoints: latest, a number, or 0 = before training")
+    data: str = Field(description="shards that data_prep/ wrote: an address, or a name inside the site's store")
+    split: str = Field(description="whose questions are asked")
+    samples: Whole = Field(0, description="questions, as good as drawn at random; 0 = all")
+    shots: tuple[Whole, ...] = Field((4,), min_length=1, description="demonstrations; 0 = two without their images")
+    selection: Literal["random", "rices"] = Field("random", description="rices = demonstrations with similar images")
+    seeds: tuple[Whole, ...] = Field((42,), min_length=1, description="of random demonstrations, a trial each")
+    query_set: Positive = Field(QUERY_SET, description="training questions that random demonstrations come from")
+    rices: Encoder = Field(Encoder(), description="what makes images similar")
+    decoding: Decoding = Field(description="how answers are searched for")
+    rules: tuple[str, ...] = Field((OPENFLAMINGO.name,), min_length=1, description="by whose rules answers are scored")
+    precision: Literal["run", "bf16", "fp32"] = Field("run", description="of the arithmetic; run = as in training")
+    batch: Positive = Field(32, description="questions answered at once")
+    keep_mb: Positive = Field(1024, description="image features kept on the device, MiB")
+    part: Positive = Field(SIZE, description="questions of a part, which is done or not done as a whole")
+    out: str = Field("", description="folder or store of the results; empty = eval/ in the checkpoint's folder")
+    examples: Whole = Field(60, description="questions on the page of results, of every trial; 0 = no page")
+    stage: Literal["all", "plan", "features", "answer", "collect"] = Field("all", description="what to do")
+    tasks: Positive = Field(1, description="jobs that share the work")
+    task: int | None = Field(None, ge=0, description="which of them this is, from 0; none = all of them")
+    cluster: Literal["auto", "slurm", "local", "print"] = Field("auto", description="auto = Slurm where sbatch is")
+    watch: bool = Field(False, description="show how far it is, and scores so far, until all is done")
+    gpus: Literal[0, 1] = Field(1, description="GPUs of a job")
+    name: str = Field("", description="of the Slurm jobs; empty = run and benchmark")
+    slurm: Slurm = Field(Slurm(), description="what sbatch is told")
+
+    @field_validator("shots", "seeds", "rules")
+    @classmethod
+    def nothing_twice(cls, values: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("one is there twice")
+        return values
+
+    @field_validator("rules")
+    @classmethod
+    def rules_are_known(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        for name in rules:
+            rules_of(name)
+        return rules
+
+    @property
+    def choice(self) -> Choice:
+        similar = self.selection == RICES
+        return Choice(self.shots, () if similar else self.seeds, self.query_set, self.rices.name if similar else "")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those after planning."""
+        if self.stage != "all":
+            return (self.stage,)
+        return STAGES[1:] if self.selection == RICES else STAGES[2:]
 
 
-def main(benchmark: Captions, arguments: Sequence[str]) -> int:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
+    """The command line of an eval/ script: 0, 1 where a task failed, 2 after one line about a user's mistake."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options: Captions = with_overrides(benchmark, parse_arguments(arguments))
-        if not options.run:
-            raise ConfigError("run=FOLDER is missing: the folder of the run to evaluate")
-        show(evaluate(options))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+        own = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump()}
+        options: Evaluation = read_options(Evaluation, words, own)
+        asked = benchmark.model_copy(update={"split": options.split, "decoding": options.decoding})
+        options = located(options, asked)
+        if options.watch:
+            from hpc_mm.watch import watch
+
+            return watch(trials.read(options.out, options.choice), asked, options.rules)
+        if options.stage in ("all", PLAN) and options.cluster != "print":
+            plan(options, asked)
+        return run(options, asked, words) if options.stage != PLAN else 0
+    except (ConfigError, StoreError, MissingKey, StoreDown, OSError) as error:  # OSError: of disks
+        print(str(error) or repr(error), file=sys.stderr)
         return 2
+
+
+def located(options: Evaluation, benchmark: Benchmark) -> Evaluation:
+    """With whole addresses, the number of the step, and a place for results, so that jobs see what is seen here."""
+    folder = str(Path(options.checkpoint).expanduser().absolute())
+    step = options.step
+    plans = options.stage in ("all", PLAN) and not options.watch
+    if plans or not options.out:
+        step = answerer.find(folder, step).step
+    out = options.out or f"{folder}/eval/{benchmark.name}/step-{step}"
+    data = in_store(options.data, read_site().store)
+    update = {"checkpoint": folder, "step": step, "out": whole(out), "data": data}
+    return options.model_copy(update=update)
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def plan(options: Evaluation, benchmark: Benchmark) -> Planned:
+    """Fix the work list. All that a user may have got wrong is told here, before anything is queued."""
+    metric_of(benchmark.metric)
+    weights = answerer.find(options.checkpoint, options.step)
+    asked = questions(options.data, benchmark.split, benchmark)
+    pool = questions(options.data, benchmark.demonstrations, benchmark)
+    benchmark = trials.with_classes(benchmark, pool)
+    planned = Planned(options.out, options.choice, trials.some_of(asked, options.samples), pool, {})
+    trials.check(benchmark, planned)
+    if OPENFLAMINGO.name in options.rules:
+        results.check_tools(benchmark)
+    work = {"weights": weights.digest, "data": options.data, "precision": precision_of(options, weights.run.precision)}
+    trials.save(planned, benchmark, work, options.part)
+    parts = sum(plan.parts for plan in planned.plans.values())
+    print(
+        f"{benchmark.name} {benchmark.split}: {len(planned.questions)} questions x {len(planned.plans)} trials in "
+        f"{parts} parts, demonstrations from {len(pool)} of {benchmark.demonstrations}"
+    )
+    return planned
+
+
+def precision_of(options: Evaluation, trained: str) -> str:
+    return trained if options.precision == "run" else options.precision
+
+
+def answer(options: Evaluation, benchmark: Benchmark) -> None:
+    """This task's parts of all trials."""
+    planned = trials.read(options.out, options.choice)
+    benchmark = trials.with_classes(benchmark, planned.pool)
+    todo = parts_of(planned, options.task or 0, options.tasks if options.task is not None else 1)
+    if not todo:
+        print("nothing is left to answer here")
+        return
+    from hpc_mm.asking import ask
+
+    weights = answerer.find(options.checkpoint, options.step)
+    precision: Literal["bf16", "fp32"] = "bf16" if precision_of(options, weights.run.precision) == "bf16" else "fp32"
+    device = answerer.device_of(options.task or 0)
+    running = answerer.Running(precision, options.batch, options.keep_mb * 2**20, device)
+    ask(answerer.load(weights, running), benchmark, planned, todo, options.data, options.rices)
+
+
+def parts_of(planned: Planned, task: int, tasks: int) -> list[tuple[Trial, int]]:
+    """A task's parts that are not done: every ``tasks``-th of those of all trials, one after the other."""
+    todo, before = [], 0
+    for trial, plan in planned.plans.items():
+        mine = parts_to_do(planned.store(trial), plan, (task - before) % tasks, tasks)
+        todo += [(trial, part) for part in mine]
+        before += plan.parts
+    return todo
+
+
+def features(options: Evaluation, benchmark: Benchmark) -> None:
+    """Image features of this task's shards, where demonstrations are chosen by them."""
+    from hpc_mm import similarity
+
+    task, tasks = (0, 1) if options.task is None else (options.task, options.tasks)
+    splits = (benchmark.split, benchmark.demonstrations)
+    similarity.make(options.data, splits, options.rices, answerer.device_of(task), task, tasks)
+
+
+def collect(options: Evaluation, benchmark: Benchmark) -> None:
+    """Merge the parts of every trial, score them, and write results and page."""
+    planned = trials.read(options.out, options.choice)
+    benchmark = trials.with_classes(benchmark, planned.pool)
+    origin = results.Origin(options.data, options.checkpoint, options.step)
+    if not results.collect(planned, benchmark, options.rules, origin):
+        return
+    results.track(read_run(Path(options.checkpoint)), benchmark, planned, origin)
+    if options.examples:
+        from hpc_mm.showcase import write_page
+
+        print(write_page(planned, benchmark, options.rules[0], options.data, options.rices, options.examples))
+
+
+def run_stage(stage: str, options: Evaluation, benchmark: Benchmark) -> None:
+    {FEATURES: features, ANSWER: answer, COLLECT: collect}[stage](options, benchmark)
+
+
+# ---------------------------------------------------------------- where they run
+
+
+def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
+    """The stages after planning, as jobs or here."""
+    from hpc_mm.arrays import Stage, Work, queue, run_tasks, wants_slurm
+
+    again = script_words(words, options)
+    if options.task is None and wants_slurm(options.cluster):
+        stages = [
+            Stage(stage, options.tasks, options.gpus) if stage in SHARED else Stage(stage) for stage in options.stages
+        ]
+        places = [options.checkpoint, options.data, options.out]
+        name = options.name or f"{Path(options.checkpoint).name}-{benchmark.name}"
+        work = Work(name, f"eval-{name}", stages, STAGES[1:], again, places, SNAPSHOT, options.slurm)
+        queue(work, options.cluster)
+        return 0
+    if options.task is not None and LAUNCHER in os.environ:
+        die_with_parent(signal.SIGTERM)  # else a task whose launcher was killed would go on beside the next one
+    for stage in options.stages:
+        if stage in SHARED and options.tasks > 1 and options.task is None:
+            code = run_tasks([sys.executable, *again], stage, options.tasks)
+            if code:
+                return code
+            continue
+        with ended_in_order():
+            run_stage(stage, options, benchmark)
     return 0
 
 
-def evaluate(options: Captions) -> dict[str, Any]:
-    """Caption the images at every step and score them: RUN/eval/captions-step-N.jsonl, then RUN/eval/captions.json.
-
-    The result is what captions.json holds: the data's address, and per step its file and CIDEr times 100.
-    """
-    if options.prompt.count(IMAGE_TOKEN) != 1:
-        raise ConfigError(f"prompt={options.prompt!r} has no {IMAGE_TOKEN}, or several: it must stand there once")
-    folder = Path(options.run)
-    run = read_run(folder)
-    checkpoints = [find(folder, step) for step in options.steps]
-    address = in_store(options.data, read_site().store)
-    samples = read_first(address, options.samples)
-    references = [references_of(sample) for sample in samples]
-    scores = []
-    for found in checkpoints:
-        captions = caption_with(run, found, samples, options)
-        step = checkpoint.step_of(found) if found else 0
-        rows = [
-            {"id": sample.id, "caption": caption, "references": truth}
-            for sample, caption, truth in zip(samples, captions, references, strict=True)
-        ]
-        name = f"captions-step-{step}.jsonl"
-        write(folder / "eval" / name, "".join(json.dumps(row) + "\n" for row in rows))
-        scores.append({"step": step, "file": name, "cider": 100 * metrics.cider(captions, references)})
-    summary = {"data": address, "samples": len(samples), "prompt": options.prompt, "scores": scores}
-    write(folder / "eval" / "captions.json", json.dumps(summary, indent=1))
-    return summary
-
-
-def find(folder: Path, step: str) -> Path | None:
-    """The checkpoint that a step names; None for step 0, the seeded weights before training."""
-    return None if step == "0" else checkpoint.chosen(folder, step)
-
-
-def read_first(address: str, count: int) -> list[Sample]:
-    try:
-        return list(itertools.islice(read_samples(open_store(address)), count))
-    except (MissingKey, StoreError, BrokenShard) as error:
-        raise ConfigError(f"{address}: {error}") from None
-
-
-def references_of(sample: Sample) -> list[str]:
-    """The captions that count as right: ``references`` of the metadata, or else the sample's own text."""
-    references = sample.metadata.get("references")
-    return references or [part.text for part in sample.parts if isinstance(part, Text)]
-
-
-def caption_with(run: Run, found: Path | None, samples: Sequence[Sample], options: Captions) -> list[str]:
-    """One caption per sample by the run's model with a checkpoint's weights, or with its first ones."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(run.model.language)
-    model = build(run.model, tokenizer, run.train.seed)
-    if found:
-        load_weights(model, found)
-    model.eval().to(device)
-    captions: list[str] = []
-    for images in batches(samples, model.image_spec, options.batch):
-        captions += generate(model, tokenizer, images.to(device), options)
-    return captions
-
-
-def load_weights(model: FlamingoModel, found: Path) -> None:
-    try:
-        checkpoint.load_weights(model, found)
-    except checkpoint.DamagedCheckpoint as error:
-        raise ConfigError(f"{error}: run.json does not describe it any more") from None
-
-
-def batches(samples: Sequence[Sample], spec: ImageSpec, size: int) -> Iterator[Tensor]:
-    """The first image of each sample, ``size`` at a time: (size, 3, S, S)."""
-    for start in range(0, len(samples), size):
-        yield normalised([_picture(sample, spec) for sample in samples[start : start + size]], spec)
-
-
-def _picture(sample: Sample, spec: ImageSpec) -> Any:
-    data = sample.images[0].data if sample.images else None
-    if data is None:
-        raise ConfigError(f"sample {sample.id} has no image in its shard, so it cannot be captioned")
-    try:
-        return decode(data, spec)
-    except UnreadableImage as error:
-        raise ConfigError(f"the image of sample {sample.id} cannot be read: {error}") from None
-
-
-def generate(model: FlamingoModel, tokenizer: Any, images: Tensor, options: Captions) -> list[str]:
-    """Greedy captions of images (N, 3, S, S), each after the prompt and up to ``<|endofchunk|>``."""
-    prompts = tokenizer([options.prompt] * len(images), padding=True, padding_side="left", return_tensors="pt")
-    ids = model.generate(
-        prompts["input_ids"].to(images.device),
-        prompts["attention_mask"].to(images.device),
-        images,
-        torch.ones(len(images), dtype=torch.long, device=images.device),
-        max_new_tokens=options.max_new_tokens,
-        do_sample=False,
-    )
-    new = ids[:, prompts["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or absent."""
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
-def show(summary: dict[str, Any]) -> None:
-    table = Table(title=f"{summary['samples']:,} held-out images")
-    table.add_column("step", justify="right")
-    table.add_column("CIDEr x 100", justify="right")
-    for score in summary["scores"]:
-        table.add_row(f"{score['step']:,}", f"{score['cider']:.1f}")
-    Console().print(table)
+def script_words(words: Sequence[str], options: Evaluation) -> list[str]:
+    """This command again, for one stage and task of it; addresses and step as they were found."""
+    found = ("checkpoint", "step", "data", "out")
+    gone = {*found, "stage", "task", "cluster", "watch"}
+    kept = [word for word in words if word.partition("=")[0] not in gone]
+    return [
+        f"eval/{Path(sys.argv[0]).name}",
+        "cluster=local",
+        *(f"{key}={getattr(options, key)}" for key in found if key != "step" or options.step != answerer.EXPORT),
+        *kept,
+    ]

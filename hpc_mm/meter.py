@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import resource
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from hpc_mm.config import Run
+from hpc_mm.tracking import wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Records:
     def __init__(self, run: Run, folder: Path) -> None:
         self.file = folder / "metrics.jsonl"
         self.steps = run.train.steps
-        self.wandb = _wandb_run(run, folder)
+        self.wandb = wandb_run(run, folder)
 
     def cut(self, step: int) -> None:
         """Forget what was recorded after ``step``: a run that goes on from there records it again."""
@@ -76,21 +76,3 @@ class Records:
     def close(self) -> None:
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def _wandb_run(run: Run, folder: Path) -> Any:
-    if run.tracking.wandb == "off":
-        return None
-    import wandb
-
-    place = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()  # others call theirs toy too
-    return wandb.init(
-        project=run.tracking.project,
-        entity=run.tracking.entity or None,
-        name=run.name,
-        id=f"{run.name}-{place}",
-        resume="allow",
-        mode=run.tracking.wandb,
-        dir=str(folder),
-        config=run.model_dump(mode="json"),
-    )

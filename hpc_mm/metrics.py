@@ -40,6 +40,7 @@ __all__ = [
     "mean_interval",
     "paired_bootstrap",
     "roc_auc",
+    "roc_auc_each",
     "rouge_l",
     "rouge_l_each",
     "rules_of",
@@ -63,12 +64,23 @@ def accuracy_each(predictions: Sequence[object], truth: Sequence[object]) -> NDA
 def roc_auc(scores: ArrayLike, positive: Sequence[bool]) -> float:
     """Area under the ROC curve, 0 to 1: the probability that a positive item scores higher than a negative one, ties
     counted half (Mann and Whitney). ValueError without both kinds of items, or where a score is not finite."""
+    return float(roc_auc_each(scores, positive).mean())
+
+
+def roc_auc_each(scores: ArrayLike, positive: Sequence[bool]) -> NDArray[np.float64]:
+    """A share for each item whose mean is the area under the ROC curve, and whose variance is the area's times the
+    number of items (DeLong et al. 1988), so that intervals and paired tests take it as they take a mean's items."""
     values, truth = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
     positives, negatives = int(truth.sum()), int((~truth).sum())
     if len(values) != len(truth) or not np.isfinite(values).all():
         raise ValueError(f"{len(values)} scores for {len(truth)} items; each needs one, a finite number")
     if not positives or not negatives:
         raise ValueError(f"{positives} positive and {negatives} negative items; a ROC curve needs both")
-    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]  # of equal scores, the mean of their ranks
-    return float(ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * negatives)
+    won = np.empty(len(values))  # the part of the other kind that an item stands on the right side of, ties half
+    for kind, side in ((truth, 1), (~truth, -1)):
+        others = np.sort(side * values[~kind])
+        own = side * values[kind]
+        won[kind] = (np.searchsorted(others, own, "left") + np.searchsorted(others, own, "right")) / (2 * len(others))
+    area = won[truth].mean()
+    size = np.where(truth, positives, negatives)
+    return np.asarray(area + (won - area) * len(values) / size)

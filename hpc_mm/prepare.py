@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hpc_mm import pack
 from hpc_mm.arrays import Stage, Work, queue, run_tasks, wants_slurm
-from hpc_mm.config import ConfigError, Positive, Slurm, parse_arguments, unknown, validated, with_overrides
+from hpc_mm.config import ConfigError, Positive, Slurm, unknown
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.filters import Filters
 from hpc_mm.data.pace import Pace
@@ -33,7 +33,7 @@ from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, checked,
 from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
 from hpc_mm.data.web import MEANING, MISSING, NOT_AN_IMAGE, Web
 from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
-from hpc_mm.site import read_site
+from hpc_mm.site import read_options
 
 STAGES = ("plan", "fetch", "pack", "verify")
 SHARED = ("fetch", "pack")  # stages that several tasks divide
@@ -352,20 +352,6 @@ def main(
     except (ConfigError, StoreError, MissingKey, StoreDown, OSError, MemoryError) as error:  # OSError: of disks
         print(str(error) or repr(error), file=sys.stderr)
         return 2
-
-
-def read_options(kind: type[Any], words: Sequence[str]) -> Any:
-    """The options, checked; every key may be nested with dots."""
-    values = parse_arguments(words)
-    for name in values:
-        if name.partition(".")[0] not in kind.model_fields:  # before what it leaves out is missed
-            raise unknown("key", name, kind.model_fields)
-    required = [name for name, field in kind.model_fields.items() if field.is_required()]
-    for name in required:
-        if name not in values:
-            raise ConfigError(f"{name}=... is missing: {kind.model_fields[name].description}")
-    given = {name: values.pop(name) for name in required}
-    return with_overrides(kind(**given, slurm=validated(Slurm, read_site().slurm)), values)
 
 
 def first_part(options: Preparation) -> tuple[Store, SourcePart]:

@@ -75,6 +75,8 @@ def _lmms(text: str) -> str:
 
 # ---------------------------------------------------------------- three sets of rules
 
+VERSION = 1  # of these rules and of the metrics that use them: a change that moves a score makes it another protocol
+
 
 def _unchanged(text: str) -> str:
     return text
@@ -97,10 +99,11 @@ class Rules:
     treebank: bool = True  # captions are split by the Penn Treebank tokenizer, or else at white space
     answer: Change = _unchanged  # from what the model wrote to an answer
     compared: Change = official  # from that, or from an annotator's answer, to the form that is compared
+    stems: bool = False  # predictions for OK-VQA are stemmed in between
 
 
 # evaluate.py, coco_metric.py, vqa_metric.py of OpenFlamingo 2.0: annotators' answers are always normalised.
-OPENFLAMINGO = Rules("openflamingo", caption=_caption_before_next, answer=_answer_before_next)
+OPENFLAMINGO = Rules("openflamingo", caption=_caption_before_next, answer=_answer_before_next, stems=True)
 # lmms_eval/tasks/{textvqa,ok_vqa,vizwiz_vqa,coco_cap}/utils.py and _task_utils/vqa_eval_metric.py of lmms-eval 0.7.
 LMMS_EVAL = Rules("lmms-eval", compared=_lmms)
 # lmms_eval/tasks/vqav2/utils.py of 0.7; earlier versions normalised only where the annotators' answers differed.

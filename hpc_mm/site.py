@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_mm.config import STORE_PREFIX, ConfigError, Run, Site, Slurm, unknown, validated
+from hpc_mm.config import (
+    STORE_PREFIX,
+    ConfigError,
+    Run,
+    Site,
+    Slurm,
+    parse_arguments,
+    unknown,
+    validated,
+    with_overrides,
+)
 
 SITE_FILE = "~/.config/hpc_mm.toml"  # HPC_MM_SITE names another
 
@@ -46,6 +56,23 @@ def read_site(environment: Mapping[str, str] = os.environ) -> Site:
         if environment.get(name):
             values[key] = environment[name]
     return validated(Site, {**values, "slurm": slurm})  # type: ignore[no-any-return]
+
+
+def read_options(kind: type[Any], words: Sequence[str], values: Mapping[str, Any] | None = None) -> Any:
+    """A script's options with the site's Slurm values, checked; every key may be nested with dots.
+
+    ``values``: what the script says itself, below what the words say.
+    """
+    given, own = parse_arguments(words), dict(values or {})
+    for name in given:
+        if name.partition(".")[0] not in kind.model_fields:  # before what it leaves out is missed
+            raise unknown("key", name, kind.model_fields)
+    for name, field in kind.model_fields.items():
+        if field.is_required() and name not in own:
+            if name not in given:
+                raise ConfigError(f"{name}=... is missing: {field.description}")
+            own[name] = given.pop(name)
+    return with_overrides(kind(**own, slurm=validated(Slurm, read_site().slurm)), given)
 
 
 def at_site(run: Run, site: Site) -> Run:

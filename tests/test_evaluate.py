@@ -1,168 +1,343 @@
-"""Captions before and after training: real weights, real checkpoints, scored by our own CIDEr."""
+"""Evaluation from the command line of an eval/ script to results.json: real weights, real shards, our own metrics."""
 
+import itertools
 import json
-import os
-import subprocess
+import random
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import questions
 import samples
+import small_run
 import torch
-from accelerate import Accelerator
-from torch import nn
 
-from hpc_mm import checkpoint, export, metrics, sharding
-from hpc_mm.config import ConfigError, Run, with_overrides
-from hpc_mm.data.schema import Sample
-from hpc_mm.data.shards import ShardWriter
-from hpc_mm.data.store import open_store
-from hpc_mm.evaluate import Captions, evaluate, main
-from hpc_mm.models.flamingo import build, load_tokenizer
-from hpc_mm.recipes.toy import toy
+from hpc_mm import benchmark, evaluate, metrics
+from hpc_mm.benchmark import Benchmark
+from hpc_mm.config import ConfigError
+from hpc_mm.predictions import NAME
 
-SCRIPT = Path(__file__).resolve().parents[1] / "eval" / "toy.py"
-REFERENCES = [["a red circle", "the circle"], ["a large blue star"], ["two small squares", "of the left"]]
-SMALLER = {
-    "model.vision.architecture": '{"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}',
-    "model.language.architecture.hidden_size": "32",
-    "model.language.architecture.intermediate_size": "64",
-    "model.language.architecture.num_hidden_layers": "2",
-    "model.language.architecture.tie_word_embeddings": "false",  # a tied one says its last input again
-    "model.resampler_depth": "1",
-    "model.resampler_latents": "4",
+SHORT = benchmark.Decoding(max_new_tokens=4)
+CAPTIONS = Benchmark(name="coco", kind="caption", prompt=benchmark.CAPTION, decoding=SHORT, metric="cider")
+VQA = Benchmark(name="vqav2", kind="vqa", prompt=benchmark.VQA, decoding=SHORT, metric="vqa-accuracy")
+MEMES = Benchmark(
+    name="memes", kind="classes", prompt=benchmark.HATEFUL_MEMES, classes=("no", "yes"), metric="roc-auc"
+)
+COLORS = Benchmark(name="colors", kind="classes", prompt=benchmark.IMAGENET, metric="accuracy")
+ALL = {one.name: one for one in (CAPTIONS, VQA, MEMES, COLORS)}
+TESTED, TRAINED = range(11), range(11, 31)
+WORDS = ["cluster=local", "shots=2", "seeds=3,4", "part=4", "examples=0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than such a small model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run.write_run(tmp_path_factory.mktemp("runs") / "toy")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The address of every benchmark's shards."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        name: questions.write_splits(folder / name, 2**14, test=facts(name, TESTED), train=facts(name, TRAINED))
+        for name in ALL
+    }
+
+
+def facts(name: str, numbers: range) -> dict[str, dict[str, Any]]:
+    if name == "coco":
+        return {str(i): {"captions": [samples.sentence(random.Random(i * 5 + k)) for k in range(5)]} for i in numbers}
+    if name == "vqav2":
+        return {str(i): {"questions": [asked(i, k) for k in range(2)]} for i in numbers}
+    if name == "memes":
+        return {str(i): {"label": ("no", "yes")[i % 3 == 0], "text": f"text {i}"} for i in numbers}
+    return {str(i): {"label": ("red", "blue", "circle left")[i % 3]} for i in numbers}
+
+
+def asked(image: int, number: int) -> dict[str, Any]:
+    draw = random.Random(f"{image}/{number}")
+    answers = [{"answer": draw.choice(samples.WORDS)} for _ in range(10)]
+    return {"question_id": 10 * image + number, "question": f"What {number}?", "answers": answers}
+
+
+def run(one: Benchmark, run_folder: Path, data: dict[str, str], out: Path | str, *words: str) -> int:
+    given = [f"checkpoint={run_folder}", f"data={data[one.name]}", f"out={out}"]
+    own = {word.partition("=")[0] for word in words}
+    return evaluate.main(one, [*given, *(word for word in WORDS if word.partition("=")[0] not in own), *words])
+
+
+def answered(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every file of predictions, by its name."""
+    return {
+        str(file.relative_to(out)): [json.loads(line) for line in file.read_text().splitlines()]
+        for file in sorted(out.glob("*/openflamingo.jsonl"))
+    }
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_same_bits_for_any_tasks_and_batch(
+    name: str, run_folder: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    found = {}
+    for tasks, batch in itertools.product((1, 3, 8), (1, 7, 32)):
+        out, words = tmp_path / f"{tasks}-{batch}", [f"tasks={tasks}", f"batch={batch}"]
+        assert run(ALL[name], run_folder, data, out, "stage=plan", *words) == 0
+        for task in range(tasks):
+            assert run(ALL[name], run_folder, data, out, "stage=answer", f"task={task}", *words) == 0
+        assert run(ALL[name], run_folder, data, out, "stage=collect", *words) == 0
+        found[tasks, batch] = (answered(out), results(out))
+    first = found[1, 1]
+    assert all(other == first for other in found.values())
+    rows, scored = first
+    assert list(rows) == [f"{shots}shot-s{seed}/openflamingo.jsonl" for shots in (0, 2) for seed in (3, 4)]
+    texts = {row["text"] for some in rows.values() for row in some}
+    assert len(texts) > 1 and {entry["shots"] for entry in scored["scores"]} == {0, 2}
+    if ALL[name].kind == "classes":
+        assert len({json.dumps(some) for some in rows.values()}) == 4, "demonstrations matter"
+
+
+def test_scores_are_those_of_the_rows(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+    assert run(VQA, run_folder, data, tmp_path, "shots=2") == 0
+    (entry,) = results(tmp_path)["scores"]
+    answers = [[a["answer"] for a in asked(i, k)["answers"]] for i in TESTED for k in range(2)]
+    trials = [metrics.vqa_accuracy([row["text"] for row in rows], answers) for rows in answered(tmp_path).values()]
+    assert [trial["score"] for trial in entry["trials"]] == [100 * score for score in trials]
+    assert entry["score"] == pytest.approx(100 * sum(trials) / 2)
+    assert entry["low"] < entry["score"] < entry["high"]
+    assert [trial["seed"] for trial in entry["trials"]] == [3, 4]
+    assert "2shot-random-s3,4-train-44@" in entry["protocol"] and entry["protocol"].endswith("@v1")
+
+
+def test_captions_have_further_metrics(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+    assert run(CAPTIONS, run_folder, data, tmp_path, "shots=2", "seeds=3") == 0
+    (entry,) = results(tmp_path)["scores"]
+    (rows,) = answered(tmp_path).values()
+    references = [facts("coco", TESTED)[row["id"]]["captions"] for row in rows]
+    found = metrics.caption_scores([row["text"] for row in rows], references)
+    assert entry["score"] == pytest.approx(100 * found["cider"].score)
+    assert entry["others"] == {name: 100 * one.score for name, one in found.items() if name != "cider"}
+
+
+def test_processes_here_share_the_work(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """A script of eval/ in processes of its own."""
+    words = [f"checkpoint={run_folder}", f"data={data['vqav2']}", "split=test", "decoding.max_new_tokens=4", *WORDS]
+    script = Path(evaluate.__file__).parents[1] / "eval" / "vqav2.py"
+    done = script_run(script, *words, "tasks=2", f"out={tmp_path}/script")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run(VQA, run_folder, data, tmp_path / "here") == 0
+    assert answered(tmp_path / "script") == answered(tmp_path / "here")
+    assert results(tmp_path / "script")["scores"] == results(tmp_path / "here")["scores"]
+    assert "95 % interval" in done.stdout and "vqav2-test-36@" in done.stdout
+
+
+def script_run(script: Path, *words: str) -> Any:
+    import subprocess
+
+    return subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+
+
+# ---------------------------------------------------------------- again and again
+
+
+def test_what_is_done_is_not_done_again(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+    assert run(VQA, run_folder, data, tmp_path) == 0
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    lost = sorted(tmp_path.glob("2shot-s3/parts/*"))[1]
+    lost.unlink()
+    assert run(VQA, run_folder, data, tmp_path) == 0
+    after = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    changed = {file for file in before if after[file] != before[file]}
+    assert changed == {lost}, "its head says when it was made"
+    assert before[lost].splitlines()[1:] == after[lost].splitlines()[1:]
+
+
+def test_a_missing_part_is_told(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(VQA, run_folder, data, tmp_path) == 0
+    (tmp_path / "0shot-s4" / "parts" / "000002.jsonl").unlink()
+    assert run(VQA, run_folder, data, tmp_path, "stage=collect") == 2
+    assert "1 of 9 parts are not done: 2; run the same command again" in capsys.readouterr().err
+
+
+def test_a_doubled_output_file_is_refused(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(VQA, run_folder, data, tmp_path) == 0
+    parts = tmp_path / "2shot-s4" / "parts"
+    for copy in ("000001.jsonl", "000100.jsonl", "000000 (copy).jsonl"):
+        kept = (parts / copy).read_bytes() if (parts / copy).exists() else None
+        shutil.copy(parts / "000000.jsonl", parts / copy)
+        assert run(VQA, run_folder, data, tmp_path, "stage=collect") == 2
+        complaint = capsys.readouterr().err
+        assert copy in complaint and "remove it" in complaint and complaint.count("\n") == 1
+        assert bool(NAME.fullmatch(f"parts/{copy}")) == (copy != "000000 (copy).jsonl")
+        (parts / copy).unlink() if kept is None else (parts / copy).write_bytes(kept)
+    assert run(VQA, run_folder, data, tmp_path, "stage=collect") == 0
+
+
+def test_results_of_other_rules_and_shots_stay(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """One file of predictions under three sets of rules, without the model."""
+    assert run(VQA, run_folder, data, tmp_path, "shots=2") == 0
+    before = results(tmp_path)["scores"]
+    rules = "rules=openflamingo,lmms-eval,vlmevalkit"
+    assert run(VQA, run_folder, data, tmp_path, "shots=2", "stage=collect", rules) == 0
+    scored = results(tmp_path)["scores"]
+    assert [entry for entry in scored if entry["rules"] == "openflamingo"] == before
+    assert len({entry["protocol"] for entry in scored}) == len(scored) == 3
+    assert run(VQA, run_folder, data, tmp_path, "shots=0") == 0
+    assert [(entry["rules"], entry["shots"]) for entry in results(tmp_path)["scores"]] == [
+        ("lmms-eval", 2),
+        ("openflamingo", 0),
+        ("openflamingo", 2),
+        ("vlmevalkit", 2),
+    ]
+
+
+def test_a_split_without_answers_becomes_a_file_for_the_challenge(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hidden(numbers: range) -> dict[str, dict[str, Any]]:
+        found = facts("vqav2", numbers)
+        for image in found.values():
+            for question in image["questions"]:
+                del question["answers"]
+        return found
+
+    splits = {"train": facts("vqav2", TRAINED), "test": hidden(range(12)), "test_dev": hidden(range(2, 6))}
+    data = {"vqav2": questions.write_splits(tmp_path / "data", **splits)}
+    out = tmp_path / "out"
+    assert run(VQA, run_folder, data, out, "split=test-dev", "shots=2", "seeds=3") == 0
+    (file,) = out.glob("*.json")
+    assert file.name == "vqav2-test-dev-2shot-s3.json" and str(file) in capsys.readouterr().out
+    lines = json.loads(file.read_text())
+    assert [line["question_id"] for line in lines] == [10 * i + k for i in range(12) for k in range(2)]
+    assert {line["question_id"] for line in lines if line["answer"]} <= {10 * i + k for i in range(2, 6) for k in (0, 1)}
+    assert any(line["answer"] for line in lines)
+    vizwiz = VQA.model_copy(update={"name": "vizwiz"})
+    assert run(vizwiz, run_folder, {"vizwiz": data["vqav2"]}, tmp_path / "v", "split=test", "shots=2", "seeds=3") == 0
+    lines = json.loads((tmp_path / "v" / "vizwiz-test-2shot-s3.json").read_text())
+    assert [set(line) for line in lines] == [{"image", "answer"}] * 24
+
+
+def test_watching(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(VQA, run_folder, data, tmp_path) == 0
+    capsys.readouterr()
+    assert run(VQA, run_folder, data, tmp_path, "watch=true") == 0
+    said = capsys.readouterr().out
+    assert "144 of 144 questions" in said and "2 shots, seed 3" in said
+    for entry in results(tmp_path)["scores"]:
+        for trial in entry["trials"]:
+            assert f"{trial['score']:.2f} ({trial['score']:.2f} to {trial['score']:.2f})" in said, "all are scored"
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+MISTAKES = {
+    "no such run": (["checkpoint=/nowhere/at/all"], "no run at /nowhere/at/all"),
+    "no such step": (["step=9"], "unknown step '9'"),
+    "a typo": (["shts=4"], "unknown key 'shts': did you mean shots?"),
+    "a typo below": (["decoding.beems=4"], "did you mean decoding.beams?"),
+    "no such split": (["split=val"], "has no split 'val': it has test, train"),
+    "no such data": (["data=/nowhere/at/all"], "/nowhere/at/all"),
+    "more shots than there are": (["shots=50"], "shots=50 shows 50 of a query set of 44: too few"),
+    "a small query set": (["shots=5", "query_set=4"], "shots=5 shows 5 of a query set of 4: too few"),
+    "more questions than there are": (["samples=50"], "samples=50: there are 36 questions"),
+    "unknown rules": (["rules=openflamenco"], "rules=openflamenco"),
+    "shots twice": (["shots=4,4"], "one is there twice"),
+    "negative": (["shots=-1"], "shots.0=-1"),
+    "a task too many": (["stage=answer", "tasks=2", "task=2"], "task=2"),
 }
 
 
-class Objective(nn.Module):
-    """Holds the model as a training run's objective does."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """A run with one checkpoint, at step 7, of weights that are not the first ones."""
-    with ShardWriter(open_store(str(tmp_path / "store" / "heldout")), "heldout") as writer:
-        for number, references in enumerate(REFERENCES):
-            image, text = samples.pair(number).parts
-            writer.add(Sample(f"sample{number}", (image, text), {"references": references}))
-    folder = tmp_path / "runs" / "toy"
-    folder.mkdir(parents=True)
-    samples.tokenizer([" ".join(samples.WORDS)]).backend_tokenizer.save(str(folder / "tokenizer.json"))
-    run: Run = with_overrides(
-        toy(), {"name": "toy", "model.language.tokenizer": str(folder / "tokenizer.json"), **SMALLER}
-    )
-    (folder / "run.json").write_text(run.model_dump_json())
-    model = build(run.model, load_tokenizer(run.model.language), seed=1234)
-    accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
-    parts = (accelerator, *accelerator.prepare(Objective(model), optimizer))
-    saver = checkpoint.Saver(accelerator, folder, keep=1)
-    saver.start(sharding.own(*parts), {"step": 7, "updates": 7})
-    saver.finish()
-    return folder
-
-
-@pytest.fixture
-def options(run_folder: Path, tmp_path: Path) -> Captions:
-    return Captions(run=str(run_folder), data=str(tmp_path / "store" / "heldout"), max_new_tokens=6, batch=2)
-
-
-def rows(run_folder: Path, step: int) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run_folder / "eval" / f"captions-step-{step}.jsonl").read_text().splitlines()]
-
-
-def test_captions_and_scores_before_and_after(options: Captions, run_folder: Path) -> None:
-    summary = evaluate(options)
-    assert json.loads((run_folder / "eval" / "captions.json").read_text()) == summary
-    assert [score["step"] for score in summary["scores"]] == [0, 7]
-    for score in summary["scores"]:
-        found = rows(run_folder, score["step"])
-        assert [row["id"] for row in found] == ["sample0", "sample1", "sample2"]
-        assert [row["references"] for row in found] == REFERENCES
-        captions = [str(row["caption"]) for row in found]
-        assert score["cider"] == pytest.approx(100 * metrics.cider(captions, REFERENCES))
-        assert not any("<" in caption for caption in captions), "special tokens are no part of a caption"
-    assert rows(run_folder, 0) != rows(run_folder, 7)
-    assert not list(run_folder.rglob("*.partial"))
-
-
-def test_the_same_weights_give_the_same_captions(options: Captions, run_folder: Path) -> None:
-    evaluate(options)
-    first = rows(run_folder, 0), rows(run_folder, 7)
-    evaluate(options.model_copy(update={"batch": 3}))
-    assert (rows(run_folder, 0), rows(run_folder, 7)) == first
-
-
-def test_only_some_samples(options: Captions, run_folder: Path) -> None:
-    assert evaluate(options.model_copy(update={"samples": 2, "steps": ("7",)}))["samples"] == 2
-    assert len(rows(run_folder, 7)) == 2
-
-
-def test_the_script_prints_the_scores(options: Captions, run_folder: Path) -> None:
-    words = [f"run={run_folder}", f"data={options.data}", "max_new_tokens=6"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "CIDEr x 100" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["run="], "run=FOLDER is missing"),
-        (["run=/nowhere/at/all"], "no run at /nowhere/at/all"),
-        (["stps=0"], "did you mean steps?"),
-        (["steps=9"], "unknown step in"),
-        (["data=/nowhere/at/all"], "/nowhere/at/all"),
-        (["prompt=a red"], "prompt='a red' has no <image>"),
-        (["prompt=<image> a <image>"], "must stand there once"),
-    ],
-)
-def test_a_users_mistake_is_one_line(
-    options: Captions, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_before_any_work(
+    mistake: str, run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(options, arguments) == 2
+    words, said = MISTAKES[mistake]
+    given = {"checkpoint": str(run_folder), "data": data["vqav2"], "out": f"{tmp_path}/out"}
+    given |= dict(word.split("=", 1) for word in [*WORDS, *words])
+    assert evaluate.main(VQA, [f"{key}={value}" for key, value in given.items()]) == 2
     complaint = capsys.readouterr().err
     assert said in complaint and complaint.count("\n") == 1
+    assert not list(tmp_path.rglob("parts"))
 
 
-def test_no_checkpoint_yet(options: Captions, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in checkpoint.finished(run_folder):
-        (path / "manifest.json").unlink()
-    assert main(options, []) == 2
+def test_data_of_another_benchmark(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(VQA, run_folder, {"vqav2": data["coco"]}, tmp_path) == 2
+    assert "vqa wants questions, but image 0 holds captions" in capsys.readouterr().err
+
+
+def test_other_values_need_another_folder(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(VQA, run_folder, data, tmp_path, "stage=plan") == 0
+    for words, said in (
+        (["step=0"], "weights: "),
+        (["decoding.beams=1"], "protocol.decoding.beams: 3 -> 1"),
+        (["precision=bf16"], "precision: fp32 -> bf16"),
+        (["samples=5"], "holds other questions than are asked for now"),
+    ):
+        assert run(VQA, run_folder, data, tmp_path, "stage=plan", *words) == 2
+        complaint = capsys.readouterr().err
+        assert said in complaint and "use another" in complaint and complaint.count("\n") == 1
+    assert run(VQA, run_folder, data, tmp_path, "stage=plan", "batch=3", "tasks=9") == 0
+
+
+def test_weights_before_training_answer_otherwise(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+    for step in ("0", "latest"):
+        assert run(VQA, run_folder, data, tmp_path / step, f"step={step}", "shots=2") == 0
+    assert answered(tmp_path / "0") != answered(tmp_path / "latest")
+    assert results(tmp_path / "0")["step"] == "0" and results(tmp_path / "latest")["step"] == str(small_run.STEP)
+
+
+def test_results_lie_beside_the_checkpoint(
+    run_folder: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "toy")
+    words = [f"checkpoint={folder}", f"data={data['vqav2']}", *WORDS, "shots=2", "samples=6"]
+    assert evaluate.main(VQA, words) == 0
+    assert results(folder / "eval" / "vqav2" / "step-7")["questions"] == 6
+
+
+def test_a_checkpoint_that_vanishes_or_rots(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "toy")
+    assert run(VQA, folder, data, tmp_path / "out", "stage=plan") == 0
+    file = next(folder.glob("checkpoints/step-*/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert run(VQA, folder, data, tmp_path / "out", "step=7") == 2
+    assert "is damaged" in capsys.readouterr().err
+    shutil.rmtree(file.parent)
+    assert run(VQA, folder, data, tmp_path / "out", "stage=answer") == 2
     assert "has no whole checkpoint yet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", [0, 700])
-def test_a_heldout_tar_that_is_missing_or_cut(options: Captions, size: int, capsys: pytest.CaptureFixture[str]) -> None:
-    tar = Path(options.data, "heldout-000000.tar")
-    os.truncate(tar, size) if size else tar.unlink()
-    assert main(options, ["steps=0"]) == 2
-    complaint = capsys.readouterr().err
-    assert "heldout-000000.tar" in complaint and complaint.count("\n") == 1
-
-
-def test_a_checkpoint_of_another_model(options: Captions, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run.model_validate_json((run_folder / "run.json").read_text())
-    other = with_overrides(run, {"model.resampler_latents": "5"})
-    (run_folder / "run.json").write_text(other.model_dump_json())
-    assert main(options, ["steps=7"]) == 2
-    complaint = capsys.readouterr().err
-    assert "resampler.latents has shape (4, 32), not (5, 32)" in complaint and complaint.count("\n") == 1
-
-
-def test_another_run_starts_from_what_was_exported(run_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "weights"
-    assert export.main([f"run={run_folder}", f"out={out}"]) == 0
-    run: Run = Run.model_validate_json((out / "run.json").read_text())
-    tokenizer = load_tokenizer(run.model.language)
-    model = build(with_overrides(run.model, {"weights": str(out)}), tokenizer, seed=run.train.seed)
-    expected = build(run.model, tokenizer, seed=run.train.seed)
-    checkpoint.load_weights(expected, checkpoint.path_of(run_folder, 7))
-    for (name, value), other in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert torch.equal(value, other), name
-    with pytest.raises(ConfigError, match="latents has shape"):
-        build(with_overrides(run.model, {"weights": str(out), "resampler_latents": "5"}), tokenizer, seed=0)
+def test_a_metric_that_is_none(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean cider"):
+        evaluate.metric_of("cidr")

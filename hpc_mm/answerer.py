@@ -1,0 +1,114 @@
+"""The model of a checkpoint, ready to answer: where a model family joins evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from hpc_mm import checkpoint
+from hpc_mm.benchmark import Decoding
+from hpc_mm.config import ConfigError, Run, read_run, with_overrides
+from hpc_mm.data.schema import Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+EXPORTED = "model.safetensors*"
+FIRST, EXPORT = "0", "export"  # in place of a step: the weights before training, and those of an exported folder
+
+
+class Answerer(Protocol):
+    """What evaluation needs of a model. The result for a prompt must not depend on the prompts beside it."""
+
+    def generate(self, prompts: Sequence[Sample], decoding: Decoding) -> list[str]:
+        """What the model writes after each prompt, without special tokens and else uncut."""
+        ...
+
+    def score(self, prompts: Sequence[Sample], candidates: Sequence[str]) -> NDArray[np.float64]:
+        """Mean log-probability of each candidate's tokens after each prompt, (prompts, candidates)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights of a run are evaluated."""
+
+    run: Run
+    folder: Path  # of the run, or of what hpc_mm.export made of it
+    step: str  # of a checkpoint; 0 = before training; export = those of the folder
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return checkpoint.path_of(self.folder, int(self.step)) if self.step not in (FIRST, EXPORT) else None
+
+    @property
+    def digest(self) -> str:
+        """Names the weights, by what their writer said of their bytes."""
+        if self.checkpoint is not None:
+            said = (self.checkpoint / checkpoint.MANIFEST).read_bytes()
+        elif self.step == FIRST:
+            said = json.dumps([self.run.model.model_dump(mode="json"), self.run.train.seed]).encode()
+        else:
+            said = "".join(checkpoint.digest(file) for file in sorted(self.folder.glob(EXPORTED))).encode()
+        return hashlib.sha256(said).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model answers; nothing of it changes an answer but ``precision``."""
+
+    precision: Literal["bf16", "fp32"]
+    batch: int  # prompts at once
+    keep_bytes: int  # of image features, on the device
+    device: str
+
+
+def find(folder: str, step: str) -> Weights:
+    """The weights that a command names, whole. ConfigError where there are none."""
+    path = Path(folder).expanduser().absolute()
+    run = read_run(path)
+    if any(path.glob(EXPORTED)):
+        if step != checkpoint.LATEST:
+            raise ConfigError(f"step={step}: {path} holds exported weights of one step; leave it out")
+        values = {"model.weights": str(path)}
+        if (path / "tokenizer.json").exists():
+            values["model.language.tokenizer"] = str(path / "tokenizer.json")
+        return Weights(with_overrides(run, values), path, EXPORT)
+    if step == FIRST:
+        return Weights(run, path, FIRST)
+    return Weights(run, path, str(checkpoint.step_of(checkpoint.chosen(path, step))))
+
+
+def device_of(task: int) -> str:
+    """A GPU of this machine for each of the tasks that run here, in turn, if it has any."""
+    import torch
+
+    return f"cuda:{task % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def load(weights: Weights, running: Running) -> Answerer:
+    return FAMILIES[weights.run.model.family](weights, running)
+
+
+def flamingo(weights: Weights, running: Running) -> Answerer:
+    from hpc_mm.answering import FlamingoAnswers
+    from hpc_mm.models.flamingo import build, load_tokenizer
+
+    run = weights.run
+    tokenizer = load_tokenizer(run.model.language)
+    config = run.model.model_copy(update={"compile": False})  # lengths differ from batch to batch
+    model = build(config, tokenizer, run.train.seed, running.precision)
+    if weights.checkpoint is not None:
+        try:
+            checkpoint.load_weights(model, weights.checkpoint)
+        except checkpoint.DamagedCheckpoint as error:
+            raise ConfigError(f"{error}: run.json does not describe it any more") from None
+    return FlamingoAnswers(model, tokenizer, running.device, running.batch, running.keep_bytes, running.precision)
+
+
+FAMILIES: Mapping[str, Callable[[Weights, Running], Answerer]] = {"flamingo": flamingo}

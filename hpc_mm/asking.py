@@ -1,0 +1,117 @@
+"""Planned questions on their way to a model: prompts with their images, ahead of it, and its answers part by part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+
+from hpc_mm.answerer import Answerer
+from hpc_mm.benchmark import Benchmark, Question, read_image
+from hpc_mm.config import ConfigError
+from hpc_mm.data.schema import Sample
+from hpc_mm.data.shards import BrokenShard, ShardReader
+from hpc_mm.data.store import open_store
+from hpc_mm.demonstrations import QuerySet, prompt
+from hpc_mm.predictions import Row, write_part
+from hpc_mm.similarity import Encoder, Nearest
+from hpc_mm.trials import Planned, Trial
+
+READS = 16  # images read at once
+IMAGES = 4096  # kept as read: demonstrations come again and again. Some 400 MB of photographs
+KEPT = 5  # classes of a row, the likeliest
+
+Chosen = Callable[[Sequence[Question]], list[list[Question]]]
+"""From questions to the demonstrations of each."""
+
+
+def ask(
+    model: Answerer,
+    benchmark: Benchmark,
+    planned: Planned,
+    todo: Sequence[tuple[Trial, int]],
+    data: str,
+    encoder: Encoder,
+) -> None:
+    """Put parts of trials to the model and write its answers, a part at a time. The next part's images are read
+    meanwhile."""
+    prompts = Prompts(benchmark, planned, data, encoder)
+    with ThreadPoolExecutor(1, "ahead") as ahead:
+        waiting = ahead.submit(prompts.of, *todo[0])
+        for number, (trial, part) in enumerate(todo):
+            began, plan = time.time(), planned.plans[trial]
+            ready = waiting.result()
+            if number + 1 < len(todo):
+                waiting = ahead.submit(prompts.of, *todo[number + 1])
+            rows = list(rows_of(model, benchmark, ready))
+            write_part(planned.store(trial), plan, part, rows, began)
+            rate = len(rows) / max(time.time() - began, 1e-9)
+            done = f"{trial}: part {part + 1} of {plan.parts}"
+            print(f"{done}, {len(rows)} questions, {rate:.1f}/s ({number + 1} of {len(todo)} here)", flush=True)
+
+
+def rows_of(model: Answerer, benchmark: Benchmark, prompts: Sequence[Sample]) -> Iterator[Row]:
+    """What the model makes of each prompt: its text, or of classes the likeliest with their mean log-probabilities."""
+    if benchmark.kind != "classes":
+        texts = model.generate(prompts, benchmark.decoding)
+        yield from ({"id": prompt.id, "text": text} for prompt, text in zip(prompts, texts, strict=True))
+        return
+    for asked, scores in zip(prompts, model.score(prompts, benchmark.classes), strict=True):
+        best = np.argsort(-scores, kind="stable")[:KEPT].tolist()  # of equals, the first in the benchmark's order
+        found = {benchmark.classes[place]: float(scores[place]) for place in best}
+        yield {"id": asked.id, "text": benchmark.classes[best[0]], "scores": found}
+
+
+class Prompts:
+    """Prompts of parts, with images read from the shards."""
+
+    def __init__(self, benchmark: Benchmark, planned: Planned, data: str, encoder: Encoder) -> None:
+        self.benchmark, self.planned = benchmark, planned
+        self.store, self.encoder = open_store(data), encoder
+        self.read = lru_cache(IMAGES)(reader(data))
+        self.chosen: dict[Trial, Chosen] = {}
+
+    def of(self, trial: Trial, part: int) -> list[Sample]:
+        size = self.planned.plans[trial].size
+        asked = self.planned.questions[part * size : (part + 1) * size]
+        shots = self.demonstrations(trial, asked)
+        wanted = {
+            one.image_key: one
+            for question, others in zip(asked, shots, strict=True)
+            for one in (question, *(others if trial.shots else ()))
+        }
+        with ThreadPoolExecutor(READS, "images") as threads:
+            images = dict(zip(wanted, threads.map(self.read, wanted.values()), strict=True))
+        return [
+            prompt(question, others, self.benchmark, trial.shots, images)
+            for question, others in zip(asked, shots, strict=True)
+        ]
+
+    def demonstrations(self, trial: Trial, asked: Sequence[Question]) -> list[list[Question]]:
+        """Of each question, the same whatever else is asked."""
+        if trial not in self.chosen:
+            self.chosen[trial] = self._chooser(trial)
+        return self.chosen[trial](asked)
+
+    def _chooser(self, trial: Trial) -> Chosen:
+        if trial.seed is None:
+            nearest = Nearest(self.store, self.encoder, self.planned.pool)
+            return lambda asked: nearest.shots(asked, trial.shots)
+        queries = QuerySet(self.planned.pool, trial.seed, self.planned.choice.query_set)
+        return lambda asked: [queries.shots(question, trial.shots) for question in asked]
+
+
+def reader(data: str) -> Callable[[Question], bytes]:
+    """What reads a question's image from shards."""
+    shards = ShardReader(open_store(data))
+
+    def read(question: Question) -> bytes:
+        try:
+            return read_image(shards, question)
+        except BrokenShard as error:
+            raise ConfigError(f"{data}: {error}") from None
+
+    return read

@@ -1,0 +1,169 @@
+"""An evaluation as it was planned: its questions, what they are answered with, and a plan of parts for every trial."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+from hpc_mm.benchmark import Benchmark, Question
+from hpc_mm.config import ConfigError
+from hpc_mm.data.store import MissingKey, Store, open_store
+from hpc_mm.demonstrations import QuerySet, Similar
+from hpc_mm.predictions import Plan, read_plan, save_plan
+from hpc_mm.protocol import RICES, Demonstrations, Protocol, Questions, Scoring, protocol_of
+from hpc_mm.rules import OPENFLAMINGO, VERSION
+
+QUESTIONS, POOL = "questions.jsonl", "pool.jsonl"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to put demonstrations before every question."""
+
+    shots: int
+    seed: int | None  # of random demonstrations; None = similar ones (RICES)
+
+    @property
+    def name(self) -> str:
+        """Also that of its folder."""
+        return f"{self.shots}shot-{RICES if self.seed is None else f's{self.seed}'}"
+
+    def __str__(self) -> str:
+        return f"{self.shots} shots, {'similar' if self.seed is None else f'seed {self.seed}'}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How demonstrations are chosen."""
+
+    shots: tuple[int, ...]
+    seeds: tuple[int, ...]  # none = similar ones
+    query_set: int
+    features: str  # by which images are similar
+
+    @property
+    def trials(self) -> list[Trial]:
+        return [Trial(shots, seed) for shots in self.shots for seed in self.seeds or (None,)]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What all tasks and ``collect`` go by."""
+
+    address: str  # of the folder or store that holds it all
+    choice: Choice
+    questions: list[Question]
+    pool: list[Question]  # that demonstrations are taken from
+    plans: dict[Trial, Plan]
+
+    def store(self, trial: Trial) -> Store:
+        return open_store(f"{self.address}/{trial.name}", make=True)
+
+
+def protocol(benchmark: Benchmark, planned: Planned, trials: Sequence[Trial], rules: str) -> Protocol:
+    """By which the score of trials of so many shots is made."""
+    choice, pool = planned.choice, Questions.of(benchmark.demonstrations, planned.pool)
+    (shots,) = {trial.shots for trial in trials}
+    seeds = tuple(trial.seed for trial in trials if trial.seed is not None)
+    shown = (
+        Demonstrations(shots=shots, pool=pool, query_set=choice.query_set, seeds=seeds)
+        if seeds
+        else Demonstrations(shots=shots, pool=pool, selection=RICES, query_set=0, features=choice.features)
+    )
+    return protocol_of(
+        benchmark, planned.questions, shown, Scoring(metric=benchmark.metric, rules=rules, version=VERSION)
+    )
+
+
+def some_of(questions: Sequence[Question], count: int) -> list[Question]:
+    """So many questions in their order, as good as drawn at random, and the same whatever else is asked; 0 = all."""
+    if not count:
+        return list(questions)
+    if count > len(questions):
+        raise ConfigError(f"samples={count}: there are {len(questions)} questions")
+    least = heapq.nsmallest(count, questions, lambda question: sha256(f"samples/{question.id}".encode()).digest())
+    chosen = {question.id for question in least}
+    return [question for question in questions if question.id in chosen]
+
+
+def with_classes(benchmark: Benchmark, pool: Sequence[Question]) -> Benchmark:
+    """The benchmark with the labels of the pool as its classes, where they are to be found there."""
+    if benchmark.kind != "classes" or benchmark.classes:
+        return benchmark
+    return benchmark.model_copy(update={"classes": tuple(sorted({question.references[0] for question in pool}))})
+
+
+def check(benchmark: Benchmark, planned: Planned) -> None:
+    """ConfigError where a question has too few demonstrations, or where only some questions have answers."""
+    questions, choice = planned.questions, planned.choice
+    without = [question.id for question in questions if not question.references]
+    if without and len(without) < len(questions):
+        raise ConfigError(
+            f"{benchmark.name} split={benchmark.split}: {len(without)} of {len(questions)} questions have no answer, "
+            f"such as {without[0]}: all must have, or none (then a file for the challenge's server is written)"
+        )
+    if benchmark.classes:
+        strange = {label for question in questions for label in question.references} - set(benchmark.classes)
+        if strange:
+            raise ConfigError(
+                f"{benchmark.name} split={benchmark.split}: {min(strange)!r} is none of the {len(benchmark.classes)} "
+                f"classes of {benchmark.demonstrations}"
+            )
+    for trial in choice.trials:
+        if trial.seed is not None:
+            QuerySet(planned.pool, trial.seed, choice.query_set).check(trial.shots, questions)
+        else:
+            Similar(planned.pool).check(trial.shots)
+
+
+# ---------------------------------------------------------------- kept and read
+
+
+def save(planned: Planned, benchmark: Benchmark, work: dict[str, Any], size: int) -> Planned:
+    """Keep what is planned, with plans of parts of ``size``. ConfigError where the address holds another plan."""
+    store = open_store(planned.address, make=True)
+    for name, kept in ((QUESTIONS, planned.questions), (POOL, planned.pool)):
+        keep(store, name, kept)
+    ids = tuple(question.id for question in planned.questions)
+    for trial in planned.choice.trials:
+        values = protocol(benchmark, planned, [trial], OPENFLAMINGO.name).model_dump(mode="json", exclude={"scoring"})
+        planned.plans[trial] = Plan({**work, "protocol": values}, ids, size)
+        save_plan(planned.store(trial), planned.plans[trial])
+    return planned
+
+
+def keep(store: Store, name: str, questions: Sequence[Question]) -> None:
+    data = "".join(f"{json.dumps(asdict(question))}\n" for question in questions).encode()
+    try:
+        if store.read(name) != data:
+            raise ConfigError(f"{store.address}/{name} holds other questions than are asked for now: use another out")
+    except MissingKey:
+        store.write(name, data)
+
+
+def read(address: str, choice: Choice) -> Planned:
+    """What was planned. ConfigError where one of the trials was not."""
+    store = open_store(address, make=True)
+    try:
+        planned = Planned(address, choice, read_questions(store, QUESTIONS), read_questions(store, POOL), {})
+        for trial in choice.trials:
+            planned.plans[trial] = read_plan(planned.store(trial))
+    except MissingKey as missing:
+        raise ConfigError(f"{address}: not all is planned there ({missing}); stage=plan comes first") from None
+    ids = tuple(question.id for question in planned.questions)
+    for trial, plan in planned.plans.items():
+        if plan.ids != ids:
+            raise ConfigError(f"{address}/{trial.name} is a plan of other questions than {QUESTIONS}: use another out")
+    return planned
+
+
+def read_questions(store: Store, name: str) -> list[Question]:
+    lines = store.read(name).decode().splitlines()
+    try:
+        return [Question(**{**row, "references": tuple(row["references"])}) for row in map(json.loads, lines)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{store.address}/{name} is damaged ({error}): remove it and plan again") from None
