@@ -2,8 +2,9 @@
 
     python data_prep/shapes.py out=FOLDER_OR_S3 seed=0
 
-Below ``out`` it writes the shards shapes/{train-documents,train-pairs,heldout-pairs}, the questions about the held-out
-scenes (shapes/heldout-questions.json, VQAv2's form) and a tokenizer trained on the text (shapes/tokenizer.json).
+Below ``out`` it writes the shards shapes/{train-documents,train-pairs,train-questions}, a benchmark of captions and
+questions (shapes/benchmark, whose split test is held-out scenes and whose split train is for demonstrations) and a
+tokenizer trained on the text (shapes/tokenizer.json).
 It stands in for web-scale corpora where there is no network: small enough to learn in minutes, and no held-out scene
 description occurs in training.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import sys
 from collections import Counter
@@ -37,7 +37,7 @@ from hpc_mm.config import (
     with_overrides,
 )
 from hpc_mm.data.schema import Image, Sample, Text
-from hpc_mm.data.shards import ShardWriter
+from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.store import StoreError, open_store
 from hpc_mm.site import in_store, read_site
 
@@ -70,7 +70,9 @@ class Shapes(Part):
     seed: int = Field(0, ge=0, description="of everything drawn")
     documents: Positive = Field(1500, description="interleaved training documents")
     pairs: Positive = Field(4000, description="training pairs of image and caption")
-    heldout: Positive = Field(200, description="held-out scenes, each with five captions and its questions")
+    questions: Positive = Field(1500, description="training documents of pictures with a question each")
+    demonstrations: Positive = Field(300, description="scenes of the benchmark's split train")
+    heldout: Positive = Field(200, description="held-out scenes, the benchmark's split test")
 
 
 # ---------------------------------------------------------------- scenes
@@ -214,17 +216,6 @@ def pair(seed: int, number: int) -> Sample:
     return Sample(f"pair{number:06d}", (Image(render(scene, random)), Text(caption)), {"scene": facts(scene)})
 
 
-def held_out_scene(seed: int, number: int) -> Scene:
-    return draw_scene(Random(f"{seed}/heldout/{number}"), held_out=True)
-
-
-def held_out_pair(seed: int, number: int) -> Sample:
-    scene = held_out_scene(seed, number)
-    picture = Image(render(scene, Random(f"{seed}/heldout/{number}/picture")))
-    metadata = {"scene": facts(scene), "references": scene.references}
-    return Sample(f"heldout{number:06d}", (picture, Text(scene.caption)), metadata)
-
-
 def document(seed: int, number: int) -> Sample:
     """A page of two to four pictures, each before its sentence, sometimes with words around them."""
     random = Random(f"{seed}/document/{number}")
@@ -274,18 +265,35 @@ def human_answers(random: Random, usual: str, other: str) -> list[dict[str, obje
     ]
 
 
-def questions(seed: int, heldout: int) -> dict[str, object]:
-    """VQAv2's two lists, index-aligned; image ids are the sample ids of heldout-pairs."""
-    asked: list[dict[str, object]] = []
-    answered: list[dict[str, object]] = []
-    for number in range(heldout):
-        random = Random(f"{seed}/heldout/{number}/answers")
-        for kind, question, usual, other in questions_about(held_out_scene(seed, number)):
-            key = {"question_id": len(asked), "image_id": f"heldout{number:06d}"}
-            asked.append({**key, "question": question})
-            answers = human_answers(random, usual, other)
-            answered.append({**key, "question_type": kind, "answers": answers, "multiple_choice_answer": usual})
-    return {"task_type": "Open-Ended", "data_subtype": "heldout", "questions": asked, "annotations": answered}
+def question_document(seed: int, number: int) -> Sample:
+    """One to five pictures, each before a question about it with its usual answer."""
+    random = Random(f"{seed}/questions/{number}")
+    parts: list[Image | Text] = []
+    scenes = [draw_scene(random, held_out=False) for _ in range(random.randint(1, 5))]
+    for scene in scenes:
+        _, question, usual, _ = random.choice(list(questions_about(scene)))
+        parts += [Image(render(scene, random)), Text(f"Question:{question} Short answer:{usual}")]
+    return Sample(f"questions{number:06d}", tuple(parts), {"scenes": [facts(scene) for scene in scenes]})
+
+
+def benchmark_image(seed: int, split: str, number: int) -> Sample:
+    """An image with its five captions and all questions about it, each with ten answers."""
+    name = f"{split}{number:06d}"
+    start = f"{seed}/{'heldout' if split == 'test' else 'demonstration'}/{number}"
+    scene = draw_scene(Random(start), held_out=split == "test")
+    random = Random(f"{start}/answers")
+    questions = [
+        {
+            "question_id": f"{name}-{place}",
+            "question": question,
+            "question_type": kind,
+            "multiple_choice_answer": usual,
+            "answers": human_answers(random, usual, other),
+        }
+        for place, (kind, question, usual, other) in enumerate(questions_about(scene))
+    ]
+    metadata = {"split": split, "scene": facts(scene), "captions": scene.references, "questions": questions}
+    return Sample(name, (Image(render(scene, Random(f"{start}/picture"))),), metadata)
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -309,34 +317,43 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 # ---------------------------------------------------------------- all of it
 
 
-def write_shards(out: str, name: str, samples: Iterator[Sample]) -> tuple[int, list[str]]:
-    """Number of samples, and their texts."""
-    writer = ShardWriter(open_store(in_store(f"shapes/{name}", out)), name, max_bytes=SHARD_BYTES)
-    count, texts = 0, []
-    for sample in samples:
-        writer.add(sample)
-        count += 1
-        texts += [part.text for part in sample.parts if isinstance(part, Text)]
-    writer.close()
-    return count, texts
+def write_corpus(out: str, name: str, samples: Iterator[Sample]) -> list[str]:
+    """Write a folder of shards; the texts in it."""
+    texts = []
+    count = 0
+    with ShardWriter(open_store(in_store(f"shapes/{name}", out)), name, max_bytes=SHARD_BYTES) as writer:
+        for sample in samples:
+            writer.add(sample)
+            count += 1
+            texts += [part.text for part in sample.parts if isinstance(part, Text)]
+    Console().print(f"shapes/{name}: {count} samples", highlight=False)
+    return texts
+
+
+def write_benchmark(out: str, seed: int, **splits: int) -> None:
+    """Write so many images of each split into one folder of shards, which are named after their splits."""
+    store, shards = open_store(in_store("shapes/benchmark", out), make=True), list[ShardInfo]()
+    for split, count in splits.items():
+        with ShardWriter(store, split, max_bytes=SHARD_BYTES, manifest=False) as writer:
+            for number in range(count):
+                writer.add(benchmark_image(seed, split, number))
+        shards += writer.shards
+    write_manifest(store, shards)
+    counts = ", ".join(f"{count} of {split}" for split, count in splits.items())
+    Console().print(f"shapes/benchmark: {counts}", highlight=False)
 
 
 def make_corpus(options: Shapes) -> None:
     out = options.out or read_site().store
-    seed, texts = options.seed, []
+    seed, texts = options.seed, list[str]()
     for name, make, wanted in (
         ("train-documents", document, options.documents),
         ("train-pairs", pair, options.pairs),
-        ("heldout-pairs", held_out_pair, options.heldout),
+        ("train-questions", question_document, options.questions),
     ):
-        count, found = write_shards(out, name, (make(seed, number) for number in range(wanted)))
-        Console().print(f"shapes/{name}: {count} samples", highlight=False)
-        texts += found if name.startswith("train") else []
-    asked = questions(seed, options.heldout)
-    texts += [question["question"] for question in asked["questions"]]  # type: ignore[attr-defined]
-    store = open_store(in_store("shapes", out))
-    store.write("heldout-questions.json", json.dumps(asked, indent=1).encode())
-    store.write("tokenizer.json", train_tokenizer(texts).to_str(pretty=True).encode())
+        texts += write_corpus(out, name, (make(seed, number) for number in range(wanted)))
+    write_benchmark(out, seed, train=options.demonstrations, test=options.heldout)
+    open_store(in_store("shapes", out)).write("tokenizer.json", train_tokenizer(texts).to_str(pretty=True).encode())
 
 
 def main(arguments: list[str]) -> int:

@@ -1,8 +1,8 @@
 """What data_prep/ scripts of benchmarks share: published annotations are read, joined by image, and become shards.
 
 A benchmark is one sample per image. Its id is the benchmark's image id, its metadata the split, the image's file name,
-and either ``captions`` or ``questions``, each with its ``answers`` as published; test splits have none. The shards of a
-split are named after it.
+and its ``captions``, its ``questions``, each with its ``answers`` as published, or its ``label``, the name of a class;
+test splits have no answers or labels. The shards of a split are named after it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hpc_mm.data.sources import open_source
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store, opened
 from hpc_mm.site import read_options
 
-ENDINGS = (".json", ".json.gz", ".zip")
+ENDINGS = (".json", ".json.gz", ".jsonl", ".zip")
 HASHES = "hashes.npy"  # of a benchmark's images, beside its shards
 HASHED = "hashes.from"  # digest of the shards that HASHES was made from
 LARGEST = 2**32  # bytes of a JSON file, uncompressed
@@ -87,7 +87,8 @@ class Published:
                     data = gzip.GzipFile(fileobj=file).read(LARGEST) if key.endswith(".gz") else file.read(LARGEST)
             if len(data) == LARGEST:
                 raise DamagedFile(f"{where} has {LARGEST} bytes or more")
-            return json.loads(data.decode("utf-8-sig"))
+            text = data.decode("utf-8-sig")
+            return json_lines(text) if name.endswith(".jsonl") else json.loads(text)
         except json.JSONDecodeError as error:
             raise DamagedFile(f"{where} is damaged: line {error.lineno}: {error.msg}") from None
         except UnicodeDecodeError as error:
@@ -95,6 +96,18 @@ class Published:
             raise DamagedFile(f"{where} is damaged: line {line} is not UTF-8") from None
         except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
             raise DamagedFile(f"{where} is damaged: {type(error).__name__}: {error}") from error
+
+
+def json_lines(text: str) -> list[Any]:
+    """The values of lines of JSON. JSONDecodeError where one is none, with its place in the whole text."""
+    values, start = [], 0
+    for line in text.split("\n"):
+        try:
+            values += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise json.JSONDecodeError(error.msg, text, start + error.pos) from None
+        start += len(line) + 1
+    return values
 
 
 def published(address: str, out: str) -> Published:
@@ -115,7 +128,7 @@ def json_members(store: Store, key: str) -> list[str]:
             names = zipfile.ZipFile(file).namelist()
     except (OSError, zipfile.BadZipFile) as error:
         raise DamagedFile(f"{store.address}/{key} is damaged: {error}") from error
-    return [name for name in names if name.endswith(".json") and not name.startswith("__MACOSX/")]
+    return [name for name in names if name.endswith((".json", ".jsonl")) and not name.startswith("__MACOSX/")]
 
 
 # ---------------------------------------------------------------- a benchmark
@@ -154,12 +167,10 @@ class Benchmark(prepare.NamedImages):
         return files.store, parts
 
     def records(self, store: Store, part: SourcePart) -> Iterator[Record | BrokenRecord]:
-        files = published(self.source, self.out)
         split = next(split for split in self.SPLITS if split.name == part.split)
-        names = chosen(split, files)
-        where = " and ".join(names)
+        where, files = self.read(split)
         try:
-            found = list(self.images_of(split, [files.read(name) for name in names]))
+            found = list(self.images_of(split, files))
         except Disagreement as error:
             raise DamagedFile(f"{where}: {error}") from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -169,9 +180,15 @@ class Benchmark(prepare.NamedImages):
             raise DamagedFile(f"{where}: several images have the id {twice[0]}")
         yield from (Record(record, f"{where} image {record['id']}") for record in found)
 
+    def read(self, split: Split) -> tuple[str, Sequence[Any]]:
+        """The names of a split's files, and what is in them."""
+        files = published(self.source, self.out)
+        names = chosen(split, files)
+        return " and ".join(names), [files.read(name) for name in names]
+
     @abstractmethod
     def images_of(self, split: Split, files: Sequence[Any]) -> Iterator[dict[str, Any]]:
-        """Every image of a split: its ``id``, ``file_name``, and ``captions`` or ``questions``."""
+        """Every image of a split: its ``id``, ``file_name``, and ``captions``, ``questions`` or ``label``."""
 
 
 def chosen(split: Split, files: Published) -> tuple[str, ...]:

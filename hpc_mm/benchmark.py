@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from pydantic_core import from_json
 
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, Part, Positive
-from hpc_mm.data.shards import BrokenShard, ShardReader, Shards, read_manifest
+from hpc_mm.data.shards import IMAGE_SUFFIXES, BrokenShard, ShardReader, Shards, read_manifest
 from hpc_mm.data.store import MissingKey, StoreError, open_store
 
 Kind = Literal["caption", "vqa", "classes"]
@@ -23,6 +23,7 @@ SHARD = re.compile(r"(?P<split>.+)-\d{6,}(-[0-9a-f]{16})?\.tar")
 BLANKS = re.compile(r"\{(question|answer)\}")
 READS = 16  # metadata read at once
 DIGITS = 16  # of a SHA-256 in hex
+TOLD = 3  # images that are missing
 
 
 class Prompt(Part):
@@ -128,18 +129,20 @@ def questions(address: str, split: str, benchmark: Benchmark) -> list[Question]:
     """All questions of a split of prepared shards in their published order; of images only the metadata is read.
 
     ConfigError where there is no such split, where its samples are of another kind than the benchmark, where an id is
-    there twice, and where a label is none of the benchmark's classes.
+    there twice, where images are missing, and where a label is none of the benchmark's classes.
     """
     store = open_store(address)
     shards = read_manifest(store)
     reader = ShardReader(store)
     places = [(shard, sample) for shard, count in shards_of(shards, split, address) for sample in range(count)]
     found: list[Question] = []
+    missing: list[str] = []
     with ThreadPoolExecutor(READS, "questions") as threads:
         try:
-            for place, (image, facts) in zip(
+            for place, (image, facts, is_there) in zip(
                 places, threads.map(lambda p: read_facts(reader, *p), places), strict=True
             ):
+                missing += [] if is_there else [image]
                 found.extend(questions_of(facts, benchmark.kind, image, *place))
         except (BrokenShard, MissingKey, StoreError) as error:
             raise ConfigError(f"{address}: {error}") from None
@@ -147,6 +150,9 @@ def questions(address: str, split: str, benchmark: Benchmark) -> list[Question]:
             raise ConfigError(f"{address} split={split}: {error}") from None
         finally:
             threads.shutdown(cancel_futures=True)
+    if missing:
+        first = ", ".join(missing[:TOLD]) + (", ..." if len(missing) > TOLD else "")
+        raise ConfigError(f"{address} split={split}: {len(missing):,} of {len(places):,} images are missing: {first}")
     if not found:
         raise ConfigError(f"{address} split={split} holds no questions")
     twice = doubled(question.id for question in found)
@@ -171,19 +177,21 @@ def shards_of(shards: Shards, split: str, address: str) -> list[tuple[str, int]]
     return [(shard.name, shard.samples) for match, shard in named if match and match["split"] == split]
 
 
-def read_facts(reader: ShardReader, shard: str, sample: int) -> tuple[str, Mapping[str, Any]]:
-    """Id and metadata of a sample, without its image's bytes: one ranged read of its JSON."""
+def read_facts(reader: ShardReader, shard: str, sample: int) -> tuple[str, Mapping[str, Any], bool]:
+    """Id and metadata of a sample and whether it has an image, without its bytes: one ranged read of its JSON."""
     index = reader.index(shard)
     if sample >= len(index.keys):
         raise BrokenShard(f"{shard} has no sample {sample} in its index: index the shards again")
     key = index.keys[sample]
-    head = next((member for member in index.members(sample) if member.suffix == "json"), None)
+    members = index.members(sample)
+    head = next((member for member in members if member.suffix == "json"), None)
     try:
         values = from_json(reader.store.read(shard, head.start, head.end)) if head else {}
     except ValueError as error:
         raise BrokenShard(f"{shard} sample {key}: {error}") from None
     facts = values.get("metadata") if isinstance(values, dict) else None
-    return key, facts if isinstance(facts, dict) else {}
+    is_there = any(member.suffix.rpartition(".")[2] in IMAGE_SUFFIXES for member in members)
+    return key, facts if isinstance(facts, dict) else {}, is_there
 
 
 def read_image(reader: ShardReader, question: Question) -> bytes:

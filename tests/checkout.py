@@ -62,8 +62,8 @@ def write_train(checkout: Path, version: int) -> None:
 
 
 def make_store(address: str) -> str:
-    """What ``recipe=toy`` reads: two folders of shards and a tokenizer file."""
-    for name in ("train-documents", "train-pairs"):
+    """What ``recipe=toy`` reads: three folders of shards and a tokenizer file."""
+    for name in ("train-documents", "train-pairs", "train-questions"):
         with ShardWriter(open_store(f"{address}/shapes/{name}"), "shapes") as writer:
             for number in range(4):
                 writer.add(Sample(f"sample{number}", (Text("a red circle"),)))

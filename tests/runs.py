@@ -9,6 +9,7 @@ SMALL = [
     "recipe=toy",
     "sources.documents.batch=4",
     "sources.pairs.batch=8",
+    "sources.questions.batch=4",
     "train.log_every=1",
     "train.warmup=2",
     "train.steps=6",
@@ -22,5 +23,5 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> list[list[float]]:
-    """Both sources' losses, step by step."""
-    return [[line["loss/documents"], line["loss/pairs"]] for line in lines(run)]
+    """The losses of all sources, step by step."""
+    return [[line[f"loss/{name}"] for name in ("documents", "pairs", "questions")] for line in lines(run)]

@@ -30,6 +30,7 @@ ASKED = {"question_id": 10, "image_id": 1, "question": "?"}
 KARPATHY = {"split": "test", "filename": FILE, "sentences": [{"raw": "a"}]}
 READ = {"question_id": 10, "image_id": "1", "question": "?"}
 SEEN = {"image": FILE, "question": "?", "answers": []}
+MEME = {"id": 1, "img": FILE, "text": "a", "label": 0}
 SMALL = {"recode.resize": "keep_ratio", "recode.size": 64}
 LENGTHS = "images, texts and metadata are not lists of one length"
 
@@ -66,6 +67,7 @@ RECORDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
 BENCHMARKS: dict[str, tuple[dict[str, tuple[str, list[dict[str, Any]]]], str]] = {
     "coco": ({"dataset_coco.json": ("images", [KARPATHY])}, "2.jpg is not in"),
     "flickr30k": ({"dataset_flickr30k.json": ("images", [KARPATHY])}, "2.jpg is not in"),
+    "hateful_memes": ({"dev.jsonl": ("", [MEME])}, "2.jpg is not in"),
     "vizwiz": ({"val.json": ("", [SEEN])}, "val/2.jpg is not in"),
     "textvqa": ({"TextVQA_0.5.1_val.json": ("data", [READ])}, "train_images/2.jpg is not in"),
     "vqav2": (
@@ -83,12 +85,20 @@ BENCHMARKS: dict[str, tuple[dict[str, tuple[str, list[dict[str, Any]]]], str]] =
         "1 annotations have no question: 20",
     ),
 }
-SECOND = {"question_id": 20, "image_id": "2", "image": "2.jpg", "filename": "2.jpg"}  # what differs in a second entry
+SECOND = {
+    "question_id": 20,
+    "image_id": "2",
+    "image": "2.jpg",
+    "filename": "2.jpg",
+    "id": 2,
+    "img": "2.jpg",
+}  # what differs in a second entry
+OTHERS = {"imagenet", "shapes"}  # whose input is files of other kinds: test_labels.py, test_shapes.py
 MORE = {"mmc4": {"min_image_bytes": 0}, "coco": {"splits": "test"}, "flickr30k": {"splits": "test"}}
 
 
 def test_every_script_is_here() -> None:
-    assert {path.stem for path in SCRIPTS.glob("*.py")} == {*RECORDS, *BENCHMARKS, "shapes"}
+    assert {path.stem for path in SCRIPTS.glob("*.py")} == {*RECORDS, *BENCHMARKS, *OTHERS}
 
 
 @pytest.fixture
@@ -117,7 +127,10 @@ def published(source: Path, name: str, *more: dict[str, Any]) -> Path:
     for number, (file, (where, entries)) in enumerate(files.items(), 1):
         found = [*entries, *(more if number == len(files) else ())]
         path = source / file
-        path.write_text(json.dumps({where: found} if where else found, indent=1))
+        if file.endswith(".jsonl"):
+            path = records(source, found, file)
+        else:
+            path.write_text(json.dumps({where: found} if where else found, indent=1))
     return path
 
 
@@ -217,7 +230,7 @@ def test_an_empty_source(name: str, empty: str, places: dict[str, Path], capsys:
     assert code == 2 and (str(places["source"]) in told or path.name in told)
 
 
-@pytest.mark.parametrize("name", [*RECORDS, *BENCHMARKS])
+@pytest.mark.parametrize("name", [*RECORDS, *BENCHMARKS, "imagenet"])
 @pytest.mark.parametrize(
     ("words", "answer"),
     [

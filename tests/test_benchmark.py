@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from test_annotations import karpathy, put_images
 from hpc_mm.benchmark import Benchmark, digest, read_image
 from hpc_mm.benchmark import questions as read_questions
 from hpc_mm.config import ConfigError, validated
-from hpc_mm.data.shards import ShardReader
+from hpc_mm.data.schema import Image, Sample
+from hpc_mm.data.shards import ShardReader, ShardWriter
 from hpc_mm.data.store import FolderStore, open_store
 
 
@@ -119,6 +121,16 @@ def test_mistakes_are_one_line(
     with pytest.raises(ConfigError) as told:
         read_questions(address, split, benchmark)
     assert message in str(told.value) and "\n" not in str(told.value) and address in str(told.value)
+
+
+@pytest.mark.parametrize(("lost", "first"), [((3,), "3"), ((1, 3, 4, 7), "1, 3, 4, ...")])
+def test_images_that_are_missing_are_counted(tmp_path: Path, lost: tuple[int, ...], first: str) -> None:
+    with ShardWriter(open_store(str(tmp_path)), "test") as writer:
+        for number in range(9):
+            images = () if number in lost else (Image(image_of(str(number))),)
+            writer.add(Sample(str(number), images, captioned(number)[str(number)]))
+    with pytest.raises(ConfigError, match=rf"split=test: {len(lost)} of 9 images are missing: {re.escape(first)}$"):
+        read_questions(str(tmp_path), "test", CAPTIONS)
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,16 @@ import pytest
 from PIL import Image as Picture
 from transformers import PreTrainedTokenizerFast
 
+from hpc_mm import benchmark
+from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import read_samples
 from hpc_mm.data.store import open_store
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data_prep" / "shapes.py"
-SMALL = ("documents=60", "pairs=150", "heldout=60")
+SMALL = ("documents=60", "pairs=150", "questions=60", "demonstrations=40", "heldout=60")
+TRAINING = ("train-pairs", "train-documents", "train-questions")
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +63,7 @@ def test_another_seed_gives_other_scenes(corpus: Path, tmp_path: Path) -> None:
 
 def test_it_has_what_was_asked_for(corpus: Path) -> None:
     assert len(samples(corpus, "train-pairs")) == 150
-    assert len(samples(corpus, "heldout-pairs")) == 60
+    assert len(samples(corpus, "train-questions")) == 60
     documents = samples(corpus, "train-documents")
     assert len(documents) == 60
     assert {len(document.images) for document in documents} == {2, 3, 4}
@@ -67,28 +72,27 @@ def test_it_has_what_was_asked_for(corpus: Path) -> None:
             assert isinstance(part, Text) or isinstance(following, Text), "a picture stands before its sentence"
 
 
-def test_no_held_out_scene_is_trained_on(corpus: Path) -> None:
-    held_out = [sample.metadata["scene"] for sample in samples(corpus, "heldout-pairs")]
-    trained = [sample.metadata["scene"] for sample in samples(corpus, "train-pairs")]
-    trained += [scene for sample in samples(corpus, "train-documents") for scene in sample.metadata["scenes"]]
-    assert not {json.dumps(scene) for scene in held_out} & {json.dumps(scene) for scene in trained}
-    references = {text for sample in samples(corpus, "heldout-pairs") for text in sample.metadata["references"][:1]}
-    written = {
-        text.rstrip(".")
-        for name in ("train-pairs", "train-documents")
-        for s in samples(corpus, name)
-        for text in texts(s)
-    }
-    assert not references & written
+def test_no_held_out_scene_is_trained_on_or_demonstrated(corpus: Path) -> None:
+    split = {sample.id: sample.metadata["split"] for sample in samples(corpus, "benchmark")}
+    assert Counter(split.values()) == {"train": 40, "test": 60}
+    scenes = {name: [] for name in ("train", "test")}
+    for sample in samples(corpus, "benchmark"):
+        scenes[sample.metadata["split"]].append(sample.metadata["scene"])
+    trained = [sample.metadata["scene"] for sample in samples(corpus, "train-pairs")] + scenes["train"]
+    for name in ("train-documents", "train-questions"):
+        trained += [scene for sample in samples(corpus, name) for scene in sample.metadata["scenes"]]
+    assert not {json.dumps(scene) for scene in scenes["test"]} & {json.dumps(scene) for scene in trained}
+    captions = {sample.metadata["captions"][0] for sample in samples(corpus, "benchmark") if split[sample.id] == "test"}
+    written = {text.rstrip(".") for name in TRAINING for sample in samples(corpus, name) for text in texts(sample)}
+    assert not captions & written
 
 
-def test_five_captions_of_each_held_out_scene_name_its_things(corpus: Path) -> None:
-    for sample in samples(corpus, "heldout-pairs"):
-        references = sample.metadata["references"]
-        assert len(set(references)) == 5
-        assert texts(sample) == references[:1]
+def test_five_captions_of_each_scene_name_its_things(corpus: Path) -> None:
+    for sample in samples(corpus, "benchmark"):
+        captions = sample.metadata["captions"]
+        assert len(set(captions)) == 5 and len(sample.images) == len(sample.parts) == 1
         for thing in sample.metadata["scene"]["things"]:
-            assert all(thing["kind"] in caption and thing["color"] in caption for caption in references)
+            assert all(thing["kind"] in caption and thing["color"] in caption for caption in captions)
 
 
 HUES = {"red": 0, "yellow": 48, "green": 130, "blue": 222, "purple": 284}  # degrees
@@ -125,17 +129,39 @@ def test_pictures_show_what_captions_say(corpus: Path) -> None:
     assert checked > 50
 
 
-def test_questions_have_ten_answers_and_an_image(corpus: Path) -> None:
-    asked = json.loads((corpus / "heldout-questions.json").read_text())
-    scenes = {sample.id: sample.metadata["scene"] for sample in samples(corpus, "heldout-pairs")}
-    assert len(asked["questions"]) == len(asked["annotations"]) > len(scenes)
-    for question, annotation in zip(asked["questions"], asked["annotations"], strict=True):
-        assert (question["question_id"], question["image_id"]) == (annotation["question_id"], annotation["image_id"])
-        assert len(annotation["answers"]) == 10
-        usual = [answer["answer"] for answer in annotation["answers"]].count(annotation["multiple_choice_answer"])
-        assert usual >= 7
-        if annotation["question_type"] == "how many":
-            assert annotation["multiple_choice_answer"] == str(len(scenes[question["image_id"]]["things"]))
+def test_questions_have_ten_answers(corpus: Path) -> None:
+    for sample in samples(corpus, "benchmark"):
+        for question in sample.metadata["questions"]:
+            assert len(question["answers"]) == 10
+            answers = [answer["answer"] for answer in question["answers"]]
+            assert answers.count(question["multiple_choice_answer"]) >= 7
+            if question["question_type"] == "how many":
+                assert question["multiple_choice_answer"] == str(len(sample.metadata["scene"]["things"]))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_it_is_a_benchmark_of_captions_and_of_questions(corpus: Path, split: str) -> None:
+    captions = Benchmark(name="toy", kind="caption", prompt=benchmark.CAPTION, metric="cider")
+    vqa = Benchmark(name="toy", kind="vqa", prompt=benchmark.VQA, metric="vqa")
+    found = [benchmark.questions(str(corpus / "benchmark"), split, kind) for kind in (captions, vqa)]
+    assert {len(question.references) for question in found[0]} == {5}
+    assert {len(question.references) for question in found[1]} == {10}
+    assert [q.image for q in found[0]] == list(dict.fromkeys(q.image for q in found[1]))
+
+
+def test_documents_of_questions_hold_a_true_answer_for_each_picture(corpus: Path) -> None:
+    """Of those about the number of things, which are easily counted."""
+    counted = 0
+    for sample in samples(corpus, "train-questions"):
+        assert len(sample.images) == len(sample.metadata["scenes"]) == len(texts(sample))
+        assert [isinstance(part, Image) for part in sample.parts] == [True, False] * len(sample.images)
+        for text, scene in zip(texts(sample), sample.metadata["scenes"], strict=True):
+            match = re.fullmatch(r"Question:([^:]+\?) Short answer:([a-z0-9 ]+)", text)
+            assert match
+            if match[1].startswith("how many"):
+                assert match[2] == str(len(scene["things"]))
+                counted += 1
+    assert counted > 20
 
 
 def test_the_tokenizer_keeps_every_text_and_knows_the_special_tokens(corpus: Path) -> None:
@@ -146,6 +172,7 @@ def test_the_tokenizer_keeps_every_text_and_knows_the_special_tokens(corpus: Pat
         "a large red circle",
         "caf\u00e9 \U0001f600 \u65e5\u672c",
         *texts(samples(corpus, "train-documents")[0]),
+        *texts(samples(corpus, "train-questions")[0]),
     ]:
         assert tokenizer.decode(tokenizer.encode(text)).strip() == text
     assert len(tokenizer.encode("a large red circle to the left of a small blue square")) == 12

@@ -32,6 +32,9 @@ def toy() -> Run:
                 data="shapes/train-documents", form="interleaved", batch=4, max_tokens=96, max_images=4
             ),
             "pairs": Source(data="shapes/train-pairs", form="pairs", batch=24, max_tokens=32, max_images=1),
+            "questions": Source(
+                data="shapes/train-questions", form="interleaved", batch=6, max_tokens=128, max_images=5
+            ),
         },
         train=Train(
             steps=450,

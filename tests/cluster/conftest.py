@@ -68,6 +68,6 @@ def user(ceph: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("user")
     keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     values = {**environment(ROOT, folder), **keys, "HPC_MM_STORE": ceph}
-    sizes = ["documents=60", "pairs=120", "heldout=8"]
+    sizes = ["documents=60", "pairs=120", "questions=60", "demonstrations=20", "heldout=8"]
     subprocess.run([sys.executable, "data_prep/shapes.py", *sizes], env=values, cwd=ROOT, check=True)
     return values
