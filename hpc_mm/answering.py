@@ -27,7 +27,7 @@ from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.schema import Sample, Text
 from hpc_mm.models.flamingo import FlamingoModel
 
-ENCODED = 256  # images that are encoded at once
+ENCODED = 32  # images that a GPU encodes at once
 CACHED = 2**14  # tokens whose keys and values exist at once while candidates are scored
 LOGITS = 2**26  # that exist at once while candidates are scored: 256 MiB in fp32
 
@@ -63,8 +63,9 @@ class Features:
 class FlamingoAnswers:
     """Answers of ``model`` on ``device``, ``batch`` prompts at a time; ``keep_bytes`` of image features are kept there.
 
-    With ``precision`` bf16 the model runs under autocast. A batch changes rounding alone: in fp32 scores by less than
-    1e-5, and texts only where two are as likely as that.
+    With ``precision`` bf16 the model runs under autocast. Features of images, and scores, are the same bits whatever is
+    asked together, before, or in which order. So are texts with the same ``batch`` of the same prompts; among others
+    logits differ by rounding, and texts where two are as likely as that.
     """
 
     def __init__(
@@ -88,10 +89,11 @@ class FlamingoAnswers:
         Prompts of like length share a batch, the longest first. ConfigError where one has no room for an answer.
         """
         ready = [self._prompt(prompt, decoding.max_new_tokens) for prompt in prompts]
+        features = self._encoded(ready)
         order = sorted(range(len(ready)), key=lambda place: len(ready[place].input_ids), reverse=True)
         texts = [""] * len(ready)
         for places in slices(order, self.batch):
-            written = self._write([ready[place] for place in places], decoding)
+            written = self._write([ready[place] for place in places], features, decoding)
             for place, text in zip(places, written, strict=True):
                 texts[place] = text
         return texts
@@ -100,19 +102,16 @@ class FlamingoAnswers:
     def score(self, prompts: Sequence[Sample], candidates: Sequence[str]) -> NDArray[np.float64]:
         """Mean log-probability of each candidate's tokens after each prompt, (prompts, candidates).
 
-        Each prompt is read once, alone, so that a batch decides no more than which images are encoded together.
+        Each prompt is read once, alone, so that its scores are the same bits whatever else is asked.
         """
         tree = Candidates([self._candidate(text) for text in candidates])
         ready = [self._prompt(prompt, tree.longest) for prompt in prompts]
+        features = self._encoded(ready)
         found = np.empty((len(ready), len(candidates)))
-        row = 0
-        for some in slices(ready, self.batch):
-            with self._precision():
-                features = self._encoded(some)
-                for prompt in some:
-                    scores = self._score(prompt, self._latents([prompt], features), tree)
-                    found[row] = scores.double().cpu().numpy()
-                    row += 1
+        with self._precision():
+            for row, prompt in enumerate(ready):
+                scores = self._score(prompt, self._latents([prompt], features), tree)
+                found[row] = scores.double().cpu().numpy()
         return found
 
     # ------------------------------------------------------------ text
@@ -150,17 +149,23 @@ class FlamingoAnswers:
     # ------------------------------------------------------------ images
 
     def _encoded(self, prompts: Sequence[Prompt]) -> dict[bytes, Tensor]:
-        """Features of the prompts' images by digest, (latents, width) each; those that are new are encoded together."""
+        """Features of the prompts' images by digest, (latents, width) each: 256 KiB an image as OpenFlamingo has them.
+
+        New ones are encoded ``at_once``, the last batch filled up with a picture of it: the shape of a batch decides
+        how matrix products are rounded, and what else is in it does not.
+        """
         named = {digest: (data, prompt.id) for prompt in prompts for digest, data in prompt.images}
         found = {digest: kept for digest in named if (kept := self.features.get(digest)) is not None}
         new = [digest for digest in named if digest not in found]
-        for digests in slices(new, ENCODED):
-            with ThreadPoolExecutor() as pool:
+        size = at_once(self.device)
+        with ThreadPoolExecutor() as pool, self._precision():
+            for digests in slices(new, size):
                 pictures = list(pool.map(lambda digest: read(*named[digest], self.model.image_spec), digests))
-            images = normalised(pictures, self.model.image_spec).to(self.device)
-            for digest, feature in zip(digests, self.model.encode(images), strict=True):
-                found[digest] = feature.clone()  # a view would keep the whole batch
-                self.features.put(digest, found[digest])
+                pictures += pictures[-1:] * (size - len(pictures))
+                images = normalised(pictures, self.model.image_spec).to(self.device)
+                for digest, feature in zip(digests, self.model.encode(images), strict=False):
+                    found[digest] = feature.clone()  # a view would keep the whole batch
+                    self.features.put(digest, found[digest])
         return found
 
     def _latents(self, prompts: Sequence[Prompt], features: Mapping[bytes, Tensor]) -> Tensor:
@@ -170,7 +175,7 @@ class FlamingoAnswers:
 
     # ------------------------------------------------------------ the model
 
-    def _write(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[str]:
+    def _write(self, prompts: Sequence[Prompt], features: Mapping[bytes, Tensor], decoding: Decoding) -> list[str]:
         length = max(len(prompt.input_ids) for prompt in prompts)
         ids = torch.full((len(prompts), length), self.model.pad_id)
         mask = torch.zeros_like(ids)
@@ -183,7 +188,7 @@ class FlamingoAnswers:
             written = self.model.generate(
                 ids.to(self.device),
                 mask.to(self.device),
-                self._latents(prompts, self._encoded(prompts)),
+                self._latents(prompts, features),
                 counts.to(self.device),
                 max_new_tokens=decoding.max_new_tokens,
                 num_beams=decoding.beams,
@@ -249,6 +254,11 @@ def read(data: bytes, question: str, spec: ImageSpec) -> NDArray[np.uint8]:
         return decode(data, spec)
     except UnreadableImage as error:
         raise ConfigError(f"question {question}: an image cannot be read: {error}") from None
+
+
+def at_once(device: torch.device) -> int:
+    """Images of a batch. CPUs encode each alone: there a place in a batch changes rounding, as threads divide it."""
+    return 1 if device.type == "cpu" else ENCODED
 
 
 def context(model: FlamingoModel) -> int:

@@ -15,9 +15,9 @@ from hpc_mm.config import ConfigError
 from hpc_mm.data.schema import Sample
 from hpc_mm.data.shards import BrokenShard, ShardReader
 from hpc_mm.data.store import open_store
-from hpc_mm.demonstrations import QuerySet, prompt
+from hpc_mm.demonstrations import QuerySet, Similar, prompt
 from hpc_mm.predictions import Row, write_part
-from hpc_mm.similarity import Encoder, Nearest
+from hpc_mm.similarity import Encoder
 from hpc_mm.trials import Planned, Trial
 
 READS = 16  # images read at once
@@ -72,6 +72,7 @@ class Prompts:
         self.benchmark, self.planned = benchmark, planned
         self.store, self.encoder = open_store(data), encoder
         self.read = lru_cache(IMAGES)(reader(data))
+        self.similar = Similar(planned.pool)
         self.chosen: dict[Trial, Chosen] = {}
 
     def of(self, trial: Trial, part: int) -> list[Sample]:
@@ -98,10 +99,13 @@ class Prompts:
 
     def _chooser(self, trial: Trial) -> Chosen:
         if trial.seed is None:
-            nearest = Nearest(self.store, self.encoder, self.planned.pool)
-            return lambda asked: nearest.shots(asked, trial.shots)
+            return lambda asked: self._similar(asked, trial.shots)
         queries = QuerySet(self.planned.pool, trial.seed, self.planned.choice.query_set)
         return lambda asked: [queries.shots(question, trial.shots) for question in asked]
+
+    def _similar(self, asked: Sequence[Question], shots: int) -> list[list[Question]]:
+        nearest = self.similar.nearest(asked, shots, self.store, self.encoder)
+        return [self.similar.shots(question, shots, nearest[question.image_key]) for question in asked]
 
 
 def reader(data: str) -> Callable[[Question], bytes]:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from hpc_mm.benchmark import BLANKS, Benchmark, Question
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError
 from hpc_mm.data.schema import Image, Part, Sample, Text
+from hpc_mm.data.store import Store
+from hpc_mm.similarity import Encoder, read_features
 
 QUERY_SET = 2048  # questions that random demonstrations are drawn from, as in OpenFlamingo's evaluation
 TEXT_SHOTS = 2  # stand, without their images, before a zero-shot question
@@ -94,16 +96,34 @@ class Similar:
         for question in answered(pool):
             self.of_image.setdefault(question.image_key, []).append(question)
         self.images = list(self.of_image)  # row i of the features is of image i
+        self._features: NDArray[np.float32] | None = None  # read once
 
     def check(self, shots: int) -> None:
         """ConfigError where not every prompt can show as many as it should. Before any work is planned."""
         if shown(shots) >= len(self.images):
             raise ConfigError(f"shots={shots} shows {shown(shots)} of a pool about {len(self.images)} images: too few")
 
-    def shots(self, question: Question, shots: int, nearest: Sequence[int]) -> list[Question]:
+    def nearest(
+        self, questions: Sequence[Question], shots: int, store: Store, encoder: Encoder
+    ) -> dict[str, NDArray[np.int64]]:
+        """What ``shots`` wants for questions, by their image keys: enough for ``shots`` demonstrations or fewer.
+
+        Computed at once for all images that are asked about. ConfigError where features are missing.
+        """
+        asked = {question.image_key: (question.shard, question.sample) for question in questions}
+        if not asked:
+            return {}
+        if self._features is None:
+            images = [(some[0].shard, some[0].sample) for some in self.of_image.values()]
+            self._features = read_features(store, encoder, images)
+        queries = read_features(store, encoder, list(asked.values()))
+        count = min(shown(shots) + 1, len(self.images))
+        return dict(zip(asked, most_similar(self._features, queries, count), strict=True))
+
+    def shots(self, question: Question, shots: int, nearest: Sequence[int] | NDArray[np.int64]) -> list[Question]:
         """``nearest``: by ``most_similar``, one image more than demonstrations, since one may be its own (or all)."""
         found: list[Question] = []
-        for place in reversed(nearest):
+        for place in nearest[::-1]:
             if self.images[place] != question.image_key:
                 found += self.of_image[self.images[place]]
         if len(found) < shown(shots):

@@ -16,17 +16,18 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from hpc_mm import answerer, results, trials
-from hpc_mm.benchmark import Benchmark, Decoding, questions
+from hpc_mm.benchmark import Benchmark, Decoding, questions, shards_of
 from hpc_mm.checkpoint import LATEST
 from hpc_mm.config import ConfigError, Part, Positive, Slurm, read_run
-from hpc_mm.data.store import MissingKey, StoreDown, StoreError, whole
+from hpc_mm.data.shards import read_manifest
+from hpc_mm.data.store import MissingKey, StoreDown, StoreError, open_store, whole
 from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
 from hpc_mm.demonstrations import QUERY_SET
 from hpc_mm.predictions import SIZE, parts_to_do
 from hpc_mm.protocol import RICES
 from hpc_mm.rules import OPENFLAMINGO, rules_of
 from hpc_mm.scoring import metric_of
-from hpc_mm.similarity import Encoder
+from hpc_mm.similarity import Encoder, compute, shards_to_do
 from hpc_mm.site import in_store, read_options, read_site
 from hpc_mm.trials import Choice, Planned, Trial
 
@@ -183,11 +184,16 @@ def parts_of(planned: Planned, task: int, tasks: int) -> list[tuple[Trial, int]]
 
 def features(options: Evaluation, benchmark: Benchmark) -> None:
     """Image features of this task's shards, where demonstrations are chosen by them."""
-    from hpc_mm import similarity
-
-    task, tasks = (0, 1) if options.task is None else (options.task, options.tasks)
-    splits = (benchmark.split, benchmark.demonstrations)
-    similarity.make(options.data, splits, options.rices, answerer.device_of(task), task, tasks)
+    store, task = open_store(options.data), options.task or 0
+    every = read_manifest(store)
+    shards = [
+        shard
+        for split in dict.fromkeys((benchmark.split, benchmark.demonstrations))
+        for shard, _ in shards_of(every, split, options.data)
+    ]
+    todo = shards_to_do(store, shards, options.rices, task, options.tasks if options.task is not None else 1)
+    compute(store, todo, options.rices, answerer.device_of(task))
+    print(f"features of {len(todo)} shards were made here, {len(shards)} are wanted")
 
 
 def collect(options: Evaluation, benchmark: Benchmark) -> None:

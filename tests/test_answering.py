@@ -153,26 +153,51 @@ def test_scores_are_those_of_each_candidate_alone(parts: tuple[FlamingoModel, ob
             assert score == pytest.approx(expected, abs=1e-5), name
 
 
-def test_scores_do_not_depend_on_the_batch(
+def test_scores_are_the_same_bits_whatever_is_asked_together(
     llama: tuple[FlamingoModel, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To 1e-5 and no further: images that are encoded together decide how their features are rounded."""
     asked = prompts(33)
-    one, *others = [FlamingoAnswers(*llama, "cpu", batch).score(asked, CLASSES) for batch in (1, 7, 32)]
-    monkeypatch.setattr("hpc_mm.answering.CACHED", 60)  # a row or two of candidates at a time
-    for scores in (*others, FlamingoAnswers(*llama, "cpu").score(asked, CLASSES)):
-        np.testing.assert_allclose(scores, one, atol=1e-5, rtol=0)
+    whole = FlamingoAnswers(*llama, "cpu", batch=7).score(asked, CLASSES)
+    others = FlamingoAnswers(*llama, "cpu", keep_bytes=5000)
+    for start, end in ((20, 33), (0, 1), (1, 20)):
+        assert np.array_equal(others.score(asked[start:end], CLASSES), whole[start:end])
+    others.generate(asked[:9], DECODING)
+    assert np.array_equal(others.score(asked[::-1], CLASSES), whole[::-1])
+    monkeypatch.setattr("hpc_mm.answering.CACHED", 60)  # a row or two of candidates at a time: another rounding
+    np.testing.assert_allclose(others.score(asked, CLASSES), whole, atol=1e-5, rtol=0)
 
 
-def test_every_image_is_encoded_once(llama: tuple[FlamingoModel, object]) -> None:
+def test_features_are_the_same_bits_whichever_images_are_encoded_together(
+    llama: tuple[FlamingoModel, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where several are encoded at once, the last of them beside copies."""
+    asked = [prompt(number, shots=3) for number in range(20)]
+
+    def features(answers: FlamingoAnswers, *samples: Sample) -> dict[bytes, Tensor]:
+        return answers._encoded([answers._prompt(sample, 1) for sample in samples])
+
+    for size in (1, 8):
+        monkeypatch.setattr("hpc_mm.answering.at_once", lambda device, size=size: size)
+        whole = features(FlamingoAnswers(*llama, "cpu"), *asked)
+        assert len(whole) == 25
+        for keep_bytes in (0, 5000, 2**20):
+            answers = FlamingoAnswers(*llama, "cpu", keep_bytes=keep_bytes)
+            for some in (asked[17:], asked[5:6], asked[:9], asked[::-1]):
+                found = features(answers, *some)
+                assert found and all(torch.equal(feature, whole[digest]) for digest, feature in found.items())
+
+
+def test_every_image_is_encoded_once(llama: tuple[FlamingoModel, object], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = llama
-    answers, seen = FlamingoAnswers(model, tokenizer, "cpu", batch=4), []
-    hook = model.vision.register_forward_hook(lambda _module, given, _found: seen.append(len(given[0])))
-    asked = [prompt(number, shots=3) for number in range(8)]
-    answers.generate(asked, DECODING)
-    answers.score(asked, CLASSES)
-    hook.remove()
-    assert len(seen) == 2 and sum(seen) == 8 + 5  # a batch each; the questions' images and the five of the set
+    asked = [prompt(number, shots=3) for number in range(8)]  # 8 images of their own, and the five of the set
+    for size, batches in ((1, [1] * 13), (8, [8, 8])):
+        monkeypatch.setattr("hpc_mm.answering.at_once", lambda device, size=size: size)
+        answers, seen = FlamingoAnswers(model, tokenizer, "cpu", batch=4), []
+        hook = model.vision.register_forward_hook(lambda _module, given, _found, seen=seen: seen.append(len(given[0])))
+        answers.generate(asked, DECODING)
+        answers.score(asked, CLASSES)
+        hook.remove()
+        assert seen == batches
 
 
 def test_features_of_images_that_were_not_used_longest_are_dropped() -> None:

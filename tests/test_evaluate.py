@@ -23,9 +23,7 @@ from hpc_mm.predictions import NAME
 SHORT = benchmark.Decoding(max_new_tokens=4)
 CAPTIONS = Benchmark(name="coco", kind="caption", prompt=benchmark.CAPTION, decoding=SHORT, metric="cider")
 VQA = Benchmark(name="vqav2", kind="vqa", prompt=benchmark.VQA, decoding=SHORT, metric="vqa-accuracy")
-MEMES = Benchmark(
-    name="memes", kind="classes", prompt=benchmark.HATEFUL_MEMES, classes=("no", "yes"), metric="roc-auc"
-)
+MEMES = Benchmark(name="memes", kind="classes", prompt=benchmark.HATEFUL_MEMES, classes=("no", "yes"), metric="roc-auc")
 COLORS = Benchmark(name="colors", kind="classes", prompt=benchmark.IMAGENET, metric="accuracy")
 ALL = {one.name: one for one in (CAPTIONS, VQA, MEMES, COLORS)}
 TESTED, TRAINED = range(11), range(11, 31)
@@ -231,7 +229,9 @@ def test_a_split_without_answers_becomes_a_file_for_the_challenge(
     assert file.name == "vqav2-test-dev-2shot-s3.json" and str(file) in capsys.readouterr().out
     lines = json.loads(file.read_text())
     assert [line["question_id"] for line in lines] == [10 * i + k for i in range(12) for k in range(2)]
-    assert {line["question_id"] for line in lines if line["answer"]} <= {10 * i + k for i in range(2, 6) for k in (0, 1)}
+    assert {line["question_id"] for line in lines if line["answer"]} <= {
+        10 * i + k for i in range(2, 6) for k in (0, 1)
+    }
     assert any(line["answer"] for line in lines)
     vizwiz = VQA.model_copy(update={"name": "vizwiz"})
     assert run(vizwiz, run_folder, {"vizwiz": data["vqav2"]}, tmp_path / "v", "split=test", "shots=2", "seeds=3") == 0
@@ -239,9 +239,7 @@ def test_a_split_without_answers_becomes_a_file_for_the_challenge(
     assert [set(line) for line in lines] == [{"image", "answer"}] * 24
 
 
-def test_watching(
-    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_watching(run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(VQA, run_folder, data, tmp_path) == 0
     capsys.readouterr()
     assert run(VQA, run_folder, data, tmp_path, "watch=true") == 0
@@ -315,9 +313,7 @@ def test_weights_before_training_answer_otherwise(run_folder: Path, data: dict[s
     assert results(tmp_path / "0")["step"] == "0" and results(tmp_path / "latest")["step"] == str(small_run.STEP)
 
 
-def test_results_lie_beside_the_checkpoint(
-    run_folder: Path, data: dict[str, str], tmp_path: Path
-) -> None:
+def test_results_lie_beside_the_checkpoint(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "toy")
     words = [f"checkpoint={folder}", f"data={data['vqav2']}", *WORDS, "shots=2", "samples=6"]
     assert evaluate.main(VQA, words) == 0

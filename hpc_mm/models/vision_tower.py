@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
+from safetensors import SafetensorError
 from torch import nn
 
 from hpc_mm.config import ConfigError, ImageSpec, Vision, unknown
@@ -19,7 +21,7 @@ def load_vision(vision: Vision) -> nn.Module:
     What stands behind the chosen tokens (pooling, projection, and ln_post when tokens are taken before it) is dropped,
     so that no parameter is without use.
     """
-    tower = _random(vision) if vision.architecture else _named(vision)
+    tower = _random(vision) if vision.architecture else load_clip(vision.name, vision.pretrained).visual
     if not isinstance(tower, open_clip.transformer.VisionTransformer) or tower.attn_pool is not None:
         raise ConfigError(f"vision.name={vision.name!r} is no plain vision transformer of open_clip; ViT-L-14 is one")
     if tower.image_size[0] != tower.image_size[1]:
@@ -53,15 +55,23 @@ def _random(vision: Vision) -> Any:
     return open_clip.CLIP(embed_dim=shape.width, vision_cfg=shape, text_cfg=text).visual
 
 
-def _named(vision: Vision) -> Any:
-    quick = needs_quick_gelu(vision.name, vision.pretrained)
-    pretrained = None if ":" in vision.name else vision.pretrained or None  # a folder or hub id brings its own
+def load_clip(name: str, pretrained: str) -> Any:
+    """An open_clip model in fp32 on the CPU: with the weights of a tag or file, or random ones where it is empty.
+
+    A folder or hub id as its name brings its own. Of a pickled file open_clip reads tensors alone. ConfigError where
+    the model or its weights cannot be had.
+    """
+    quick, own = needs_quick_gelu(name, pretrained), ":" in name
     try:
-        clip = open_clip.create_model(vision.name, pretrained=pretrained, force_quick_gelu=quick)
-    except (RuntimeError, ValueError, OSError) as error:
+        return open_clip.create_model(
+            name,
+            pretrained=None if own else pretrained or None,
+            force_quick_gelu=quick,
+            require_pretrained=own or bool(pretrained),
+        )
+    except (RuntimeError, ValueError, OSError, UnpicklingError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"vision.name={vision.name!r} pretrained={vision.pretrained!r}: {reason}") from None
-    return clip.visual
+        raise ConfigError(f"open_clip model {name!r} with weights {pretrained!r}: {reason}") from None
 
 
 def needs_quick_gelu(name: str, pretrained: str) -> bool:
@@ -74,7 +84,9 @@ def needs_quick_gelu(name: str, pretrained: str) -> bool:
     said = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False)) if ":" not in name else False
     if facts and said and not wanted:
         plain = name.replace("-quickgelu", "")
-        raise ConfigError(f"vision.name={name!r}: weights {pretrained!r} were trained without QuickGELU; use {plain!r}")
+        raise ConfigError(
+            f"open_clip model {name!r}: weights {pretrained!r} were trained without QuickGELU; use {plain!r}"
+        )
     if wanted and not said:
         logger.warning("%s with weights %r runs with QuickGELU, as it was trained", name, pretrained)
     return wanted
