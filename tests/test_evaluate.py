@@ -96,21 +96,21 @@ def test_the_same_bits_for_any_tasks_and_batch(
     name: str, run_folder: Path, data: dict[str, str], tmp_path: Path
 ) -> None:
     found = {}
-    for tasks, batch in itertools.product((1, 3, 8), (1, 7, 32)):
-        out, words = tmp_path / f"{tasks}-{batch}", [f"tasks={tasks}", f"batch={batch}"]
+    for tasks, batch in itertools.product((1, 3, 8), (1, 7, 32)) if name == "vqav2" else ((1, 1), (3, 7), (8, 32)):
+        out, words = tmp_path / f"{tasks}-{batch}", [f"tasks={tasks}", f"batch={batch}", "shots=2,0", "seeds=3"]
         assert run(ALL[name], run_folder, data, out, "stage=plan", *words) == 0
         for task in range(tasks):
             assert run(ALL[name], run_folder, data, out, "stage=answer", f"task={task}", *words) == 0
         assert run(ALL[name], run_folder, data, out, "stage=collect", *words) == 0
         found[tasks, batch] = (answered(out), results(out))
-    first = found[1, 1]
-    assert all(other == first for other in found.values())
-    rows, scored = first
-    assert list(rows) == [f"{shots}shot-s{seed}/openflamingo.jsonl" for shots in (0, 2) for seed in (3, 4)]
-    texts = {row["text"] for some in rows.values() for row in some}
-    assert len(texts) > 1 and {entry["shots"] for entry in scored["scores"]} == {0, 2}
+    rows, scored = found[1, 1]
+    assert all(other == (rows, scored) for other in found.values())
+    assert list(rows) == ["0shot-s3/openflamingo.jsonl", "2shot-s3/openflamingo.jsonl"]
+    assert len({row["text"] for some in rows.values() for row in some}) > 1
+    assert [entry["shots"] for entry in scored["scores"]] == [0, 2]
     if ALL[name].kind == "classes":
-        assert len({json.dumps(some) for some in rows.values()}) == 4, "demonstrations matter"
+        without, with_images = rows.values()
+        assert without != with_images, "demonstrations matter"
 
 
 def test_scores_are_those_of_the_rows(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
