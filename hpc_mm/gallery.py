@@ -83,7 +83,7 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
 
 
 def line(score: Mapping[str, Any]) -> str:
-    """Of the table of scores. Whoever reads one by one sees single seeds' scores beside them."""
+    """A row of the table of scores. Beside each seed stands the score of its trial."""
     trials = [trial for trial in score["trials"] if trial["seed"] is not None]
     seeds = ", ".join(f"{trial['seed']} ({trial['score']:.1f})" for trial in trials)
     others = ", ".join(f"<span>{escape(name)} {value:.1f}</span>" for name, value in score["others"].items())
