@@ -24,7 +24,7 @@ COLUMNS = ("Shots", "Selection", "Metric", "Score", "95 % interval", "Seeds", "O
 class Shot:
     """A demonstration as it stood in a prompt."""
 
-    image: str  # key of an image
+    image: str  # key of an image; empty where it stood without
     question: str
     answer: str
 
@@ -75,15 +75,18 @@ def page(
 
 
 def table(summary: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
-    return f'<table class="scores"><thead><tr>{head}</tr></thead><tbody>{"".join(map(row, summary))}</tbody></table>'
+    head = "".join(f'<th scope="col" role="columnheader">{name}</th>' for name in COLUMNS)
+    return (
+        f'<table class="scores" role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(map(line, summary))}</tbody></table>'
+    )
 
 
-def row(score: Mapping[str, Any]) -> str:
-    """Of the table of scores. Whoever reads one by one sees single seeds' scores beside them."""
+def line(score: Mapping[str, Any]) -> str:
+    """A row of the table of scores. Beside each seed stands the score of its trial."""
     trials = [trial for trial in score["trials"] if trial["seed"] is not None]
     seeds = ", ".join(f"{trial['seed']} ({trial['score']:.1f})" for trial in trials)
-    others = ", ".join(f"{name} {value:.1f}" for name, value in score["others"].items())
+    others = ", ".join(f"<span>{escape(name)} {value:.1f}</span>" for name, value in score["others"].items())
     cells = [
         str(score["shots"]),
         escape(score["selection"]),
@@ -91,10 +94,12 @@ def row(score: Mapping[str, Any]) -> str:
         f"<b>{score['score']:.1f}</b>",
         interval(score["low"], score["high"]),
         escape(seeds) or "none",
-        escape(others) or "none",
+        others or "none",
         f"<code>{escape(score['protocol'])}</code>",
     ]
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    told = zip(COLUMNS, cells, strict=True)
+    row = "".join(f'<td role="cell" data-label="{name}">{cell}</td>' for name, cell in told)
+    return f'<tr role="row">{row}</tr>'
 
 
 def interval(low: float | None, high: float | None) -> str:
@@ -145,18 +150,20 @@ h1 { margin-bottom: 20px; overflow-wrap: anywhere; }
 .scores th, .examples th { width: auto; padding-right: 12px; }
 .scores td { white-space: nowrap; padding-right: 24px; font-variant-numeric: tabular-nums; }
 .scores td:nth-last-child(2) { white-space: normal; min-width: 16ch; }
+.scores span { white-space: nowrap; }
 .scores td:last-child { white-space: normal; min-width: 32ch; padding-right: 0; }
 tbody tr:first-child > * { border-top: 1px solid var(--rule); }
-button, input, select { font: inherit; font-size: 14px; color: inherit; background: var(--card); max-width: 100%;
-  border: 1px solid var(--rule); border-radius: 8px; padding: 7px 12px; }
+button, input, select { font: inherit; font-size: 14px; color: var(--ink); background: var(--card); max-width: 100%;
+  border: 1px solid var(--rule); border-radius: 8px; padding: 0 12px; min-height: 38px; }
 button { cursor: pointer; }
 button:hover { border-color: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .controls { display: flex; flex-wrap: wrap; gap: 12px 16px; align-items: end; margin-bottom: 12px; }
 .controls label { color: var(--soft); font-size: 12px; display: grid; gap: 4px; min-width: 0; }
 .controls label:first-child { flex: 0 1 360px; }
-.controls p { margin: 0; padding: 8px 0; font-size: 14px; font-variant-numeric: tabular-nums; }
-th button { border: 0; padding: 0; background: none; color: inherit; font-weight: 500; border-radius: 2px; }
+.controls p { margin: 0; line-height: 38px; font-size: 14px; font-variant-numeric: tabular-nums; }
+th button { border: 0; border-radius: 2px; padding: 0; min-height: 0; background: none; font-weight: 500;
+  color: inherit; }
 th button:hover { color: var(--ink); }
 th button::after { content: " \\2195"; opacity: 0.6; }
 [aria-sort=ascending] button, [aria-sort=descending] button { color: var(--accent); font-weight: 600; }
@@ -165,7 +172,7 @@ th button::after { content: " \\2195"; opacity: 0.6; }
 .examples td { padding: 12px 20px 12px 0; line-height: 1.4; }
 .examples td:last-child, .examples th:last-child { padding-right: 0; text-align: right; }
 .examples .picture { width: 128px; }
-.examples .id, .examples .trial { max-width: 16ch; color: var(--soft); }
+.examples .id, .examples .trial { min-width: 14ch; max-width: 20ch; color: var(--soft); }
 .examples .said { min-width: 12ch; max-width: 36ch; }
 .examples .score { font-weight: 600; font-variant-numeric: tabular-nums; }
 .examples .right { color: var(--good); }
@@ -175,29 +182,35 @@ th button::after { content: " \\2195"; opacity: 0.6; }
 .said p, .said li { white-space: pre-wrap; overflow-wrap: anywhere; }
 .said p { margin: 0; color: inherit; }
 .said ul { list-style: none; margin: 0; padding: 0; }
+.said li + li { margin-top: 4px; }
 .said small { color: var(--soft); }
 .said p + details { margin-top: 6px; }
-.said summary { color: var(--soft); }
-.shot { display: grid; grid-template-columns: 56px 1fr; gap: 10px; margin-top: 10px; }
-.examples .shot > :first-child { width: 56px; height: 56px; font-size: 11px; text-align: center; }
+.said summary { color: var(--soft); white-space: nowrap; }
+.shot { display: flex; gap: 10px; margin-top: 10px; }
+.examples .shot :is(img, .missing) { flex: none; width: 56px; height: 56px; font-size: 11px; text-align: center; }
 .shot p + p { font-weight: 600; }
 #more { margin-top: 16px; }
-@media (max-width: 760px) {
+@media (max-width: 900px) {
   main { padding: 24px 12px 48px; }
   .card.table { padding: 12px; }
   .controls label { flex: 1 1 140px; }
   .controls label:first-child { flex: 1 1 100%; }
-  .controls p { flex: 1 1 100%; padding: 0; }
-  .examples, .examples tbody { display: block; }
-  .examples thead tr { display: flex; gap: 20px; }
-  .examples thead th { border: 0; }
-  .examples thead th:not([aria-sort]) { position: absolute; clip-path: inset(50%); }
-  .examples tbody tr { display: grid; grid-template-columns: 120px 1fr auto; gap: 0 12px; padding: 12px 0;
-    border-top: 1px solid var(--rule); }
-  .examples tbody td { border: 0; padding: 0; }
+  .controls p { flex: 1 1 100%; line-height: inherit; }
+  table, thead, tbody { display: block; }
+  tbody tr { display: grid; gap: 0 12px; padding: 12px 0; border-top: 1px solid var(--rule); }
+  .scores tbody tr { grid-template-columns: repeat(auto-fill, minmax(90px, 1fr)); gap: 8px 12px; }
+  .scores tbody tr:first-child { border-top: 0; padding-top: 0; }
+  .examples tbody tr { grid-template: auto 1fr / 108px 1fr auto; }
+  tbody tr > td, .scores td, .examples td { border: 0; padding: 0; min-width: 0; max-width: none; white-space: normal; }
+  .scores thead, .examples thead th:not([aria-sort]) { position: absolute; width: 1px; height: 1px;
+    overflow: hidden; clip-path: inset(50%); }
+  .examples thead tr { display: flex; gap: 20px; padding-bottom: 6px; }
+  thead th, tbody tr:first-child > td { border: 0; }
+  [data-label]::before { content: attr(data-label); display: block; color: var(--soft); font-size: 12px; }
+  .scores tbody td:nth-last-child(-n+3) { grid-column: 1 / -1; min-width: 0; }
   .examples .picture { grid-row: 1 / 3; width: auto; }
-  .examples .trial { grid-column: 2 / 4; grid-row: 2; max-width: none; }
+  .examples .score { grid-area: 1 / 3; }
+  .examples .trial { grid-area: 2 / 2 / 3 / 4; }
   .examples .said { grid-column: 1 / 4; max-width: none; padding-top: 10px; }
-  .examples .said::before { content: attr(data-label); display: block; color: var(--soft); font-size: 12px; }
 }
 """

@@ -52,7 +52,8 @@ function demonstrations(example) {
       const texts = element("div");
       if (shot.question) texts.append(element("p", "", shot.question));
       texts.append(element("p", "", shot.answer));
-      box.append(picture(shot.image), texts);
+      if (shot.image) box.append(picture(shot.image)); // zero-shot prompts show texts alone
+      box.append(texts);
       details.append(box);
     }
   }, { once: true });
@@ -95,7 +96,7 @@ function row(example) {
   cells.forEach(([name, ...parts], place) => {
     const cell = element("td", name);
     cell.setAttribute("role", "cell");
-    if (parts.length) cell.dataset.label = labels[place];
+    if (name === "said") cell.dataset.label = labels[place];
     cell.append(...parts);
     made.append(cell);
   });

@@ -18,7 +18,7 @@ PATIENCE = 60  # seconds for one answer of a browser on a busy machine
 SWITCHES = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps"),
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    *("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--no-proxy-server"),  # whatever it asks for itself
 )
 
 
@@ -92,7 +92,7 @@ def opened(profile: Path, *switches: str) -> Iterator[Browser]:
         absent("no Chromium here")
     asked, answered = os.pipe(), os.pipe()
     given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (asked[0], answered[1])]  # above 3 and 4, where they go
-    command = [program, *SWITCHES, *switches, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
+    command = [program, *SWITCHES, *switches, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
     with (profile.parent / "chromium.log").open("wb") as log:
         process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{given[0]} 4>&{given[1]}', "bash", *command],
