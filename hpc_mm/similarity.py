@@ -23,7 +23,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from hpc_mm.config import ConfigError, Part
+from hpc_mm.config import ConfigError, ImageSpec, Part
 from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.shards import INDEX, ShardReader
 from hpc_mm.data.store import MissingKey, Store, StoreError
@@ -114,7 +114,7 @@ class Tower:
     """An encoder's open_clip model, whose image tower is on ``device``. ConfigError where it cannot be used."""
 
     def __init__(self, encoder: Encoder, device: torch.device | str) -> None:
-        from hpc_mm.models.vision_tower import image_spec, load_clip
+        from hpc_mm.models.vision_tower import load_clip
 
         self.device = device
         self.clip = load_clip(encoder.model, encoder.pretrained).eval()
@@ -123,7 +123,10 @@ class Tower:
         for key, wanted in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
             if facts[key] != wanted:
                 raise ConfigError(f"{encoder.name} wants images by {key}={facts[key]}; only {wanted} can be had")
-        self.spec = image_spec(self.clip.visual)
+        sides = {facts["size"]} if isinstance(facts["size"], int) else set(facts["size"])
+        if len(sides) > 1:
+            raise ConfigError(f"{encoder.name} takes images of {facts['size']}; they must be square")
+        self.spec = ImageSpec(sides.pop(), tuple(facts["mean"]), tuple(facts["std"]))
 
     def features(self, reader: ShardReader, shard: str) -> Iterator[NDArray[np.float32]]:
         """Of a shard's samples in order, (up to BATCH, D) each."""
