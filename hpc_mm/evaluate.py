@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -94,11 +94,14 @@ class Evaluation(Part):
         return STAGES[1:] if self.selection == RICES else STAGES[2:]
 
 
-def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
-    """The command line of an eval/ script: 0, 1 where a task failed, 2 after one line about a user's mistake."""
+def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values: Any) -> int:
+    """The command line of an eval/ script: 0, 1 where a task failed, 2 after one line about a user's mistake.
+
+    ``values``: the script's own, of Evaluation, below those that are given.
+    """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        own = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump()}
+        own = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump(), **values}
         options: Evaluation = read_options(Evaluation, words, own)
         asked = benchmark.model_copy(update={"split": options.split, "decoding": options.decoding})
         options = located(options, asked)
