@@ -63,7 +63,7 @@ def mixed(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(8):
             sample = reader.read("train-pairs-000000.tar", number)
             writer.add(sample if number % 2 else Sample(f"text{number}", (Text("a large red circle"),)))
-    for name in ("train-pairs", "tokenizer.json"):
+    for name in ("train-pairs", "train-questions", "tokenizer.json"):
         (store / "shapes" / name).symlink_to(shapes / "shapes" / name)
     order = Order(read_manifest(documents).samples, seed=42, window=16)
     with_image = [order.locate(position).sample % 2 for position in range(6)]
