@@ -13,30 +13,7 @@ from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
 from hpc_mm.recipes.toy import toy
 
 STEP = 7
-ASKED = [
-    "yes",
-    "no",
-    "blue",
-    "Output",
-    ":",
-    "Question",
-    "Short",
-    "answer",
-    "Answer",
-    "is",
-    "an",
-    "image",
-    "with",
-    "written",
-    "on",
-    "it",
-    "hateful",
-    "?",
-    "What",
-    "0",
-    "1",
-    "2",
-]
+ASKED = ["yes no blue Output : Question Short answer Answer is an image with written on it hateful ? What 0 1 2"]
 SMALLER = {
     "model.vision.architecture": '{"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}',
     "model.language.architecture.hidden_size": "32",

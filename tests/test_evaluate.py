@@ -255,7 +255,7 @@ def test_watching(run_folder: Path, data: dict[str, str], tmp_path: Path, capsys
 
 MISTAKES = {
     "no such run": (["checkpoint=/nowhere/at/all"], "no run at /nowhere/at/all"),
-    "no such step": (["step=9"], "unknown step '9'"),
+    "no such step": (["step=9"], "'9': known: 7, latest"),
     "a typo": (["shts=4"], "unknown key 'shts': did you mean shots?"),
     "a typo below": (["decoding.beems=4"], "did you mean decoding.beams?"),
     "no such split": (["split=val"], "has no split 'val': it has test, train"),
@@ -265,8 +265,10 @@ MISTAKES = {
     "more questions than there are": (["samples=50"], "samples=50: there are 22 questions"),
     "unknown rules": (["rules=openflamenco"], "rules=openflamenco"),
     "shots twice": (["shots=4,4"], "one is there twice"),
-    "negative": (["shots=-1"], "shots.0=-1"),
-    "a task too many": (["stage=answer", "tasks=2", "task=2"], "task=2"),
+    "negative": (["shots=-1"], "shots.0='-1'"),
+    "a task too many": (["stage=answer", "tasks=2", "task=2"], "task=2: tasks=2 are numbered from 0 to 1"),
+    "a task of no stage": (["tasks=2", "task=1"], "task=1 is of one stage: give stage=features or stage=answer too"),
+    "no shots": (["shots="], "shots=[]: give one or more"),
 }
 
 
@@ -315,7 +317,7 @@ def test_weights_before_training_answer_otherwise(run_folder: Path, data: dict[s
 
 def test_results_lie_beside_the_checkpoint(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "toy")
-    words = [f"checkpoint={folder}", f"data={data['vqav2']}", *WORDS, "shots=2", "samples=6"]
+    words = [f"checkpoint={folder}", f"data={data['vqav2']}", *WORDS, "samples=6"]
     assert evaluate.main(VQA, words) == 0
     assert results(folder / "eval" / "vqav2" / "step-7")["questions"] == 6
 

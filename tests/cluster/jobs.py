@@ -74,3 +74,9 @@ def stepped(run: Path, step: int, seconds: int = 600) -> float:
                 return float(found[0])
         time.sleep(0.05)
     raise AssertionError(f"{run} does not come to step {step}")
+
+
+def submitted(said: str) -> dict[str, list[str]]:
+    """The jobs of each stage."""
+    found = [line.split() for line in said.splitlines() if line.startswith("submitted")]
+    return {stage.rstrip(":"): [job.rstrip(",") for job in jobs] for _, stage, _, *jobs in found}

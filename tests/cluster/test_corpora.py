@@ -16,7 +16,7 @@ import samples
 from checkout import ROOT, environment
 from fault_proxy import fault_proxy
 from image_server import ImageServer, image_server
-from jobs import start_now, wait
+from jobs import start_now, submitted, wait
 from scripts import plainly_read, run
 
 from hpc_mm.config import ConfigError
@@ -133,12 +133,6 @@ def pairs(tmp_path: Path) -> Iterator[tuple[ImageServer, Path]]:
             rows = [{"url": server.url(8 * number + i), "caption": f"{number} {i}"} for i in range(8)]
             (tmp_path / "in" / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         yield server, tmp_path / "in"
-
-
-def submitted(said: str) -> dict[str, list[str]]:
-    """The jobs of each stage."""
-    found = [line.split() for line in said.splitlines() if line.startswith("submitted")]
-    return {stage.rstrip(":"): [job.rstrip(",") for job in jobs] for _, stage, _, *jobs in found}
 
 
 @pytest.mark.parametrize("warning", ["a signal", pytest.param("the time limit", marks=pytest.mark.chaos)])
