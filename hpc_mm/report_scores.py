@@ -65,7 +65,7 @@ class Series:
 
 
 def series_of(evaluations: Sequence[RunScore]) -> list[Series]:
-    """By benchmark, then OpenFlamingo's rules before others, then few shots before many."""
+    """By benchmark, then OpenFlamingo's rules before others, then few shots before many, then most steps first."""
     found: dict[tuple[str, str], list[tuple[RunScore, Record]]] = {}
     for one in evaluations:
         for entry in one.entries:
@@ -73,7 +73,7 @@ def series_of(evaluations: Sequence[RunScore]) -> list[Series]:
     counts = Counter(benchmark for benchmark, _ in found)
     labels = Counter[tuple[str, str]]()
     series = []
-    for benchmark, protocol in sorted(found, key=lambda key: order(key[0], found[key][0][1])):
+    for benchmark, protocol in sorted(found, key=lambda key: order(key[0], found[key])):
         points = found[benchmark, protocol]
         label = label_of(points[0][1])
         labels[benchmark, label] += 1
@@ -83,9 +83,11 @@ def series_of(evaluations: Sequence[RunScore]) -> list[Series]:
     return series
 
 
-def order(benchmark: str, entry: Record) -> tuple[Any, ...]:
-    rules = entry["rules"]
-    return benchmark, rules != OPENFLAMINGO.name, rules, entry["shots"], entry["selection"], entry["protocol"]
+def order(benchmark: str, points: Sequence[tuple[RunScore, Record]]) -> tuple[Any, ...]:
+    entry = points[0][1]
+    foreign = entry["rules"] != OPENFLAMINGO.name
+    kind = (benchmark, foreign, entry["rules"], entry["shots"], entry["selection"])
+    return *kind, -len(points), entry["protocol"]
 
 
 def label_of(entry: Record) -> str:
