@@ -28,10 +28,13 @@ CAPTIONS = "cider"  # the metric of captions
 COLUMNS = ("Benchmark", "Step", "Shots", "Metric", "Score", "95 % interval", "Page", "Protocol")
 STYLE = """
 a { color: var(--accent); }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(min(184px, 100%), 1fr)); }
+.tile b { font-size: 21px; }
+.charts + .table { margin-top: 16px; }
 .scores th { width: auto; padding-right: 24px; }
 .scores td { white-space: nowrap; padding-right: 24px; font-variant-numeric: tabular-nums; }
 .scores :is(th, td):is(:nth-child(2), :nth-child(5)) { text-align: right; }
-.scores td:last-child { white-space: normal; min-width: 32ch; padding-right: 0; }
+.scores .protocol { white-space: normal; min-width: 32ch; padding-right: 0; }
 .scores tbody tr:first-child > * { border-top: 1px solid var(--rule); }
 """
 
@@ -138,6 +141,9 @@ def table(folder: Path, evaluations: Sequence[RunScore], series: Sequence[Series
     head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
     rows = []
     for some in series:
+        protocol = (
+            f'<td class="protocol" rowspan="{len(some.points)}"><code>{escape(some.first["protocol"])}</code></td>'
+        )
         for one, entry in some.points:
             cells = (
                 escape(some.benchmark),
@@ -147,9 +153,9 @@ def table(folder: Path, evaluations: Sequence[RunScore], series: Sequence[Series
                 f"<b>{entry['score']:.1f}</b>",
                 interval(entry["low"], entry["high"]),
                 pages[one.folder],
-                f"<code>{escape(entry['protocol'])}</code>",
             )
-            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + f"{protocol}</tr>")
+            protocol = ""  # it spans the rows of its series
     return (
         '<div class="card table" role="region" aria-label="Scores" tabindex="0"><table class="scores">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
