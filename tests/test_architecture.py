@@ -66,6 +66,7 @@ NO_TORCH = (
     *("config", "launch", "report", "index", "checkpoint", "lint", "prepare", "data.store", "data.shards"),
     *("data.pictures", "data.recode", "data.perceptual", "data.filters"),
     *("metrics", "ok_vqa", "benchmark", "demonstrations", "protocol", "predictions", "similarity"),
+    "run_scores",
 )
 
 
