@@ -36,7 +36,7 @@ def toy() -> Run:
                 data="shapes/train-questions",
                 form="interleaved",
                 batch=6,
-                weight=0.2,  # with 0.3 or more captions learn to look at images too late
+                weight=0.2,  # with more, captions learn late to look at images
                 max_tokens=128,
                 max_images=5,
             ),
