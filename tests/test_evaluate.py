@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import clips
 import pytest
 import questions
 import samples
@@ -151,6 +152,32 @@ def script_run(script: Path, *words: str) -> Any:
     import subprocess
 
     return subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+
+
+def test_similar_demonstrations(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Features are made once, by any number of tasks, and the same answers come out."""
+    own = {"colors": shutil.copytree(data["colors"], tmp_path / "colors").as_posix()}
+    clip = clips.write_clip(tmp_path / "clip")
+    words = ["selection=rices", f"rices.model={clip.model}", "shots=2,0"]
+    for tasks, out in ((1, tmp_path / "1"), (3, tmp_path / "3")):
+        assert run(COLORS, run_folder, own, out, *words, "stage=plan") == 0
+        if tasks == 1:
+            assert run(COLORS, run_folder, own, out, *words, "stage=answer") == 2
+            assert "the stage features computes them" in capsys.readouterr().err
+        for stage in ("features", "answer"):
+            for task in range(tasks):
+                shares = [f"tasks={tasks}", f"task={task}", f"stage={stage}"]
+                assert run(COLORS, run_folder, own, out, *words, *shares) == 0
+        assert run(COLORS, run_folder, own, out, *words, "stage=collect", "examples=3") == 0
+    said = capsys.readouterr().out
+    assert said.count("features of 0 shards were made here") == 3, "another evaluation made them"
+    assert answered(tmp_path / "1") == answered(tmp_path / "3")
+    assert set(answered(tmp_path / "1")) == {"0shot-rices/openflamingo.jsonl", "2shot-rices/openflamingo.jsonl"}
+    scored = results(tmp_path / "1")["scores"]
+    assert f"2shot-rices-{clip.name}-train-20@" in scored[1]["protocol"]
+    assert results(tmp_path / "3")["scores"] == scored
 
 
 # ---------------------------------------------------------------- again and again
