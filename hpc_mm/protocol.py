@@ -101,13 +101,13 @@ class Protocol(Part):
 
 
 def protocol_of(
-    benchmark: Benchmark, questions: Sequence[Question], demonstrations: Demonstrations, scoring: Scoring
+    benchmark: Benchmark, questions: Questions, demonstrations: Demonstrations, scoring: Scoring
 ) -> Protocol:
     """The protocol of a benchmark's evaluation on these questions."""
     scored = benchmark.kind == "classes"
     return Protocol(
         benchmark=benchmark.name,
-        questions=Questions.of(benchmark.split, questions),
+        questions=questions,
         prompt=benchmark.prompt,
         demonstrations=demonstrations,
         decoding=None if scored else benchmark.decoding,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from hpc_mm.benchmark import Benchmark, Question
+from pydantic_core import from_json
+
+from hpc_mm.benchmark import Benchmark, Question, digest
 from hpc_mm.config import ConfigError
 from hpc_mm.data.store import MissingKey, Store, open_store
 from hpc_mm.demonstrations import QuerySet, Similar
@@ -60,13 +63,28 @@ class Planned:
     pool: list[Question]  # that demonstrations are taken from
     plans: dict[Trial, Plan]
 
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(question.id for question in self.questions)
+
+    @cached_property
+    def asked(self) -> str:
+        """Digest of the questions' ids."""
+        return digest(self.ids)
+
+    @cached_property
+    def shown(self) -> str:
+        """Digest of the pool's ids."""
+        return digest(question.id for question in self.pool)
+
     def store(self, trial: Trial) -> Store:
         return open_store(f"{self.address}/{trial.name}", make=True)
 
 
 def protocol(benchmark: Benchmark, planned: Planned, trials: Sequence[Trial], rules: str) -> Protocol:
     """By which the score of trials of so many shots is made."""
-    choice, pool = planned.choice, Questions.of(benchmark.demonstrations, planned.pool)
+    choice, asked = planned.choice, Questions(split=benchmark.split, count=len(planned.ids), digest=planned.asked)
+    pool = Questions(split=benchmark.demonstrations, count=len(planned.pool), digest=planned.shown)
     (shots,) = {trial.shots for trial in trials}
     seeds = tuple(trial.seed for trial in trials if trial.seed is not None)
     shown = (
@@ -74,9 +92,7 @@ def protocol(benchmark: Benchmark, planned: Planned, trials: Sequence[Trial], ru
         if seeds
         else Demonstrations(shots=shots, pool=pool, selection=RICES, query_set=0, features=choice.features)
     )
-    return protocol_of(
-        benchmark, planned.questions, shown, Scoring(metric=benchmark.metric, rules=rules, version=VERSION)
-    )
+    return protocol_of(benchmark, asked, shown, Scoring(metric=benchmark.metric, rules=rules, version=VERSION))
 
 
 def some_of(questions: Sequence[Question], count: int) -> list[Question]:
@@ -113,11 +129,12 @@ def check(benchmark: Benchmark, planned: Planned) -> None:
                 f"{benchmark.name} split={benchmark.split}: {min(strange)!r} is none of the {len(benchmark.classes)} "
                 f"classes of {benchmark.demonstrations}"
             )
-    for trial in choice.trials:
-        if trial.seed is not None:
-            QuerySet(planned.pool, trial.seed, choice.query_set).check(trial.shots, questions)
-        else:
-            Similar(planned.pool).check(trial.shots)
+    for seed in choice.seeds:
+        queries = QuerySet(planned.pool, seed, choice.query_set)
+        for shots in choice.shots:
+            queries.check(shots, questions)
+    if not choice.seeds:
+        Similar(planned.pool).check(max(choice.shots))
 
 
 # ---------------------------------------------------------------- kept and read
@@ -128,16 +145,15 @@ def save(planned: Planned, benchmark: Benchmark, work: dict[str, Any], size: int
     store = open_store(planned.address, make=True)
     for name, kept in ((QUESTIONS, planned.questions), (POOL, planned.pool)):
         keep(store, name, kept)
-    ids = tuple(question.id for question in planned.questions)
     for trial in planned.choice.trials:
         values = protocol(benchmark, planned, [trial], OPENFLAMINGO.name).model_dump(mode="json", exclude={"scoring"})
-        planned.plans[trial] = Plan({**work, "protocol": values}, ids, size)
+        planned.plans[trial] = Plan({**work, "protocol": values}, planned.ids, size)
         save_plan(planned.store(trial), planned.plans[trial])
     return planned
 
 
 def keep(store: Store, name: str, questions: Sequence[Question]) -> None:
-    data = "".join(f"{json.dumps(asdict(question))}\n" for question in questions).encode()
+    data = "".join(line(question) for question in questions).encode()
     try:
         if store.read(name) != data:
             raise ConfigError(f"{store.address}/{name} holds other questions than are asked for now: use another out")
@@ -154,16 +170,24 @@ def read(address: str, choice: Choice) -> Planned:
             planned.plans[trial] = read_plan(planned.store(trial))
     except MissingKey as missing:
         raise ConfigError(f"{address}: not all is planned there ({missing}); stage=plan comes first") from None
-    ids = tuple(question.id for question in planned.questions)
     for trial, plan in planned.plans.items():
-        if plan.ids != ids:
+        if plan.ids != planned.ids:
             raise ConfigError(f"{address}/{trial.name} is a plan of other questions than {QUESTIONS}: use another out")
     return planned
 
 
+def line(question: Question) -> str:
+    """A question as JSON: its values in their order, for there may be hundreds of thousands."""
+    values = [question.id, question.image, question.shard, question.sample, question.text, question.references]
+    return json.dumps(values) + "\n"
+
+
 def read_questions(store: Store, name: str) -> list[Question]:
-    lines = store.read(name).decode().splitlines()
+    found = []
     try:
-        return [Question(**{**row, "references": tuple(row["references"])}) for row in map(json.loads, lines)]
-    except (ValueError, TypeError, KeyError) as error:
+        for row in store.read(name).splitlines():
+            number, image, shard, sample, text, references = from_json(row)
+            found.append(Question(number, image, shard, sample, text, tuple(references)))
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{store.address}/{name} is damaged ({error}): remove it and plan again") from None
+    return found

@@ -16,7 +16,9 @@ TRAIN = Questions.of("train", [question(number) for number in range(100)])
 TEST = [question(number) for number in range(5000)]
 RANDOM = Demonstrations(shots=4, pool=TRAIN, seeds=(42,))
 CIDER = Scoring(metric="cider", rules="openflamingo")
-COCO = protocol_of(CAPTIONS.model_copy(update={"name": "coco-karpathy"}), TEST, RANDOM, CIDER)
+COCO = protocol_of(
+    CAPTIONS.model_copy(update={"name": "coco-karpathy"}), Questions.of(CAPTIONS.split, TEST), RANDOM, CIDER
+)
 ID = "coco-karpathy-test-5000@ac33/of-caption@be91/4shot-random-s42-train-100@3063/beam3-20tok/cider-openflamingo@v1"
 
 QUESTIONS = st.builds(
@@ -86,7 +88,9 @@ def test_zero_shot_and_rices_are_named() -> None:
     assert "/0+2text-random-s42,43-train-100@" in zero.id
     found = {"shots": 8, "pool": TRAIN, "selection": "rices", "query_set": 0, "features": "ViT-L-14-openai"}
     assert "/8shot-rices-ViT-L-14-openai-train-100@" in changed(demonstrations=found).id
-    classes = protocol_of(MEMES, TEST, RANDOM, Scoring(metric="roc_auc", rules="openflamingo"))
+    classes = protocol_of(
+        MEMES, Questions.of(MEMES.split, TEST), RANDOM, Scoring(metric="roc_auc", rules="openflamingo")
+    )
     assert classes.decoding is None and "/meanlogprob@" in classes.id
 
 
