@@ -63,7 +63,7 @@ class Evaluation(Part):
     task: int | None = Field(None, ge=0, description="which of them this is, from 0; none = all of them")
     cluster: Literal["auto", "slurm", "local", "print"] = Field("auto", description="auto = Slurm where sbatch is")
     watch: bool = Field(False, description="show how far it is, and scores so far, until all is done")
-    gpus: Literal[0, 1] = Field(1, description="GPUs of a job")
+    gpus: int = Field(1, ge=0, le=1, description="GPUs of a job")
     name: str = Field("", description="of the Slurm jobs; empty = run and benchmark")
     slurm: Slurm = Field(Slurm(), description="what sbatch is told")
 

@@ -67,7 +67,7 @@ class Records:
         aside.replace(self.file)
 
     def news(self) -> dict[str, float]:
-        """Scores that no line has yet, of the first evaluated step that has such. A problem is a warning and no more."""
+        """Scores that no line has yet, of the first evaluated step that has such. A problem is a warning."""
         try:
             self.scores = scores_of(self.folder, self.scores)
         except (ConfigError, OSError) as problem:
