@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import questions
 import samples
-from checkout import ROOT, environment, launch, make_store
+from checkout import ROOT, environment, launch, make_checkout, make_store
 from runs import LOCAL, lines
 
 from hpc_mm import checkpoint, evaluations, scheduled
@@ -249,7 +250,45 @@ def test_a_line_of_metrics_has_each_score_once(tmp_path: Path, caplog: pytest.Lo
     assert told(again, 9) == {} and "damaged" in caplog.text
 
 
-# ---------------------------------------------------------------- a whole run
+# ---------------------------------------------------------------- whole runs
+
+# In place of evaluating: it takes for ever while there is a file, else there are results at once.
+ANSWER = """
+    import os, pathlib, time
+    values = dict(word.split("=", 1) for word in sys.argv[1:])
+    print("process", os.getpid(), flush=True)
+    while pathlib.Path(os.environ["TEST_SLOW"]).exists():
+        time.sleep(0.05)
+    (folder := pathlib.Path(values["out"])).mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+"""
+
+
+def test_what_ends_with_the_run_is_begun_again_with_it_and_once(tmp_path: Path) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
+    make_store(str(tmp_path / "store"))
+    script = checkout / "eval" / "coco.py"
+    script.write_text(script.read_text().replace("\n    sys.exit(main(BENCHMARK))\n", ANSWER))
+    data = questions.write_splits(tmp_path / "coco", test=captions(range(1)), train=captions(range(1, 2)))
+    words = ["recipe=toy", "cluster=local", "nodes=1", "train.save_every=1", "evaluate.every=1", f"{COCO}=data={data}"]
+    values = environment(checkout, tmp_path, TEST_SLOW=str(tmp_path / "slow"))
+    (tmp_path / "slow").touch()
+    command = [sys.executable, "-m", "hpc_mm.launch", *words]
+    first = subprocess.Popen(command, env={**values, "TEST_SLEEP": "300"}, cwd="/", stdout=subprocess.DEVNULL)
+    run = tmp_path / "runs" / "toy"
+    log = run / "eval" / "logs" / "coco-step-1.log"
+    while not log.exists() or not log.read_text():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.terminate()
+    assert first.wait() == 1
+    assert not Path(f"/proc/{log.read_text().split()[-1]}").exists()
+    (tmp_path / "slow").unlink()
+    for _ in range(2):
+        result = launch(values, *words)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert len(log.read_text().splitlines()) == 2, "begun twice: lost, and well"
+    assert [path.name for path in (run / "eval" / "coco").iterdir()] == ["step-1"]
 
 
 def test_a_local_run_is_evaluated_while_it_trains(shapes: Path, tmp_path: Path) -> None:

@@ -98,4 +98,3 @@ def test_checkpoints_are_evaluated_by_jobs_of_their_own(user: dict[str, str], tm
         assert found["values"]["questions"]["count"] == 3
         assert log.count(f"step {step} is evaluated by coco: jobs ") == 1
     assert "not evaluated" not in log
-    assert (run / "checkpoints/step-00000002").exists(), "it stays while it is evaluated"
