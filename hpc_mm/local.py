@@ -194,11 +194,15 @@ def _signal_group(leader: int, number: signal.Signals) -> None:
 
 
 def _running(code: Path) -> set[int]:
-    """Process groups on this machine whose Python path is this submission's code."""
+    """Process groups on this machine whose Python path begins with this submission's code.
+
+    For DeepSpeed accelerate puts the code there a second time.
+    """
     groups = set()
     for file in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if f"PYTHONPATH={code}".encode() in file.read_bytes().split(b"\0"):
+            begins = [word.partition(b":")[0] for word in file.read_bytes().split(b"\0")]
+            if f"PYTHONPATH={code}".encode() in begins:
                 groups.add(os.getpgid(int(file.parent.name)))
         except OSError:
             continue  # another user's, or it has ended since

@@ -15,7 +15,7 @@ import samples
 from checkout import ROOT, environment, launch, make_checkout, make_store
 from runs import LOCAL, lines
 
-from hpc_mm import checkpoint, evaluations, scheduled
+from hpc_mm import attempt, checkpoint, evaluations, scheduled
 from hpc_mm.command import Submission
 from hpc_mm.config import Run, with_overrides
 from hpc_mm.launch import main
@@ -282,12 +282,13 @@ def test_what_ends_with_the_run_is_begun_again_with_it_and_once(tmp_path: Path) 
         time.sleep(0.02)
     first.terminate()
     assert first.wait() == 1
+    assert attempt.read(run)["ending"] == attempt.ENDED
     assert not Path(f"/proc/{log.read_text().split()[-1]}").exists()
     (tmp_path / "slow").unlink()
-    for _ in range(2):
-        result = launch(values, *words)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert len(log.read_text().splitlines()) == 2, "begun twice: lost, and well"
+    result = launch(values, *words)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(log.read_text().splitlines()) == 2, "begun twice: lost, and well"
+    assert not evaluations.Processes(run, run / "submissions" / "002", print, {}).update()
     assert [path.name for path in (run / "eval" / "coco").iterdir()] == ["step-1"]
 
 
