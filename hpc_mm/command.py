@@ -70,7 +70,7 @@ def accelerate_line(run: Run, run_folder: Path, rank: str, address: str, port: s
     ``rank``, ``address`` and ``port`` may be shell variables; everything else is quoted.
     """
     words = [
-        "accelerate launch",
+        "accelerate-launch",  # `accelerate launch` imports all that its other verbs need first, for seconds
         f"--config_file {shlex.quote(f'accelerate_configs/{strategy_file(run.strategy).name}')}",
     ]
     words.append(f"--num_machines {run.nodes} --num_processes {run.world_size}")

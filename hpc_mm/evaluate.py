@@ -11,9 +11,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from hpc_mm import answerer, results, trials
 from hpc_mm.benchmark import Benchmark, Decoding, questions, shards_of
@@ -45,13 +45,13 @@ class Evaluation(Part):
     data: str = Field(description="shards that data_prep/ wrote: an address, or a name inside the site's store")
     split: str = Field(description="whose questions are asked")
     samples: Whole = Field(0, description="questions, as good as drawn at random; 0 = all")
-    shots: tuple[Whole, ...] = Field((4,), min_length=1, description="demonstrations; 0 = two without their images")
+    shots: tuple[Whole, ...] = Field((4,), description="demonstrations; 0 = two without their images")
     selection: Literal["random", "rices"] = Field("random", description="rices = demonstrations with similar images")
-    seeds: tuple[Whole, ...] = Field((42,), min_length=1, description="of random demonstrations, a trial each")
+    seeds: tuple[Whole, ...] = Field((42,), description="of random demonstrations, a trial each")
     query_set: Positive = Field(QUERY_SET, description="training questions that random demonstrations come from")
     rices: Encoder = Field(Encoder(), description="what makes images similar")
     decoding: Decoding = Field(description="how answers are searched for")
-    rules: tuple[str, ...] = Field((OPENFLAMINGO.name,), min_length=1, description="by whose rules answers are scored")
+    rules: tuple[str, ...] = Field((OPENFLAMINGO.name,), description="by whose rules answers are scored")
     precision: Literal["run", "bf16", "fp32"] = Field("run", description="of the arithmetic; run = as in training")
     batch: Positive = Field(32, description="questions answered at once")
     keep_mb: Positive = Field(1024, description="image features kept on the device, MiB")
@@ -63,13 +63,15 @@ class Evaluation(Part):
     task: int | None = Field(None, ge=0, description="which of them this is, from 0; none = all of them")
     cluster: Literal["auto", "slurm", "local", "print"] = Field("auto", description="auto = Slurm where sbatch is")
     watch: bool = Field(False, description="show how far it is, and scores so far, until all is done")
-    gpus: int = Field(1, ge=0, le=1, description="GPUs of a job")
+    gpus: int = Field(1, ge=0, le=1, description="GPUs of a job; 0 = it runs on CPUs")
     name: str = Field("", description="of the Slurm jobs; empty = run and benchmark")
     slurm: Slurm = Field(Slurm(), description="what sbatch is told")
 
     @field_validator("shots", "seeds", "rules")
     @classmethod
-    def nothing_twice(cls, values: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    def some_and_none_twice(cls, values: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if not values:
+            raise ValueError("give one or more")
         if len(set(values)) < len(values):
             raise ValueError("one is there twice")
         return values
@@ -80,6 +82,14 @@ class Evaluation(Part):
         for name in rules:
             rules_of(name)
         return rules
+
+    @model_validator(mode="after")
+    def a_task_is_of_one_stage(self) -> Evaluation:
+        if self.task is not None and self.stage not in SHARED:
+            raise ValueError(f"task={self.task} is of one stage: give stage={' or stage='.join(SHARED)} too")
+        if self.task is not None and self.task >= self.tasks:
+            raise ValueError(f"task={self.task}: tasks={self.tasks} are numbered from 0 to {self.tasks - 1}")
+        return self
 
     @property
     def choice(self) -> Choice:
@@ -94,11 +104,14 @@ class Evaluation(Part):
         return STAGES[1:] if self.selection == RICES else STAGES[2:]
 
 
-def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
-    """The command line of an eval/ script: 0, 1 where a task failed, 2 after one line about a user's mistake."""
+def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values: Any) -> int:
+    """The command line of an eval/ script: 0, 1 where a task failed, 2 after one line about a user's mistake.
+
+    ``values``: the script's own, of Evaluation, below those that are given.
+    """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        own = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump()}
+        own = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump(), **values}
         options: Evaluation = read_options(Evaluation, words, own)
         asked = benchmark.model_copy(update={"split": options.split, "decoding": options.decoding})
         options = located(options, asked)

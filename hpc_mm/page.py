@@ -20,7 +20,7 @@ p { margin: 0 0 12px; color: var(--soft); }
 code, pre { font: 13px/1.5 ui-monospace, monospace; }
 .tiles, .charts, .samples { display: grid; gap: 16px; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); margin-top: 24px; }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); }
 .samples { grid-template-columns: repeat(auto-fill, minmax(min(320px, 100%), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: 16px; margin: 0; }
 .tile b { display: block; font-size: 24px; line-height: 1.25; white-space: nowrap; font-variant-numeric: tabular-nums; }

@@ -6,18 +6,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from hpc_mm import report_scores
 from hpc_mm.charts import Line, chart
 from hpc_mm.config import ConfigError, Part, Positive, Run, parse_arguments, read_run, with_overrides
-from hpc_mm.data.shards import BrokenShard, read_samples
-from hpc_mm.data.store import MissingKey, StoreError, open_store
-from hpc_mm.page import document, picture
+from hpc_mm.data.store import MissingKey, StoreDown, StoreError
+from hpc_mm.page import document
+from hpc_mm.report_scores import Series, series_of
+from hpc_mm.run_scores import scores_of
 
 Record = dict[str, Any]
 
@@ -29,47 +30,39 @@ class Report(Part):
     samples: Positive = Field(default=12, description="held-out images that are shown")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What evaluate.py left in RUN/eval, first step first."""
-
-    data: str
-    scores: list[Record]  # step, file, cider (times 100)
-    rows: list[list[Record]]  # per score: id, caption, references
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options: Report = with_overrides(Report(), parse_arguments(sys.argv[1:] if arguments is None else arguments))
         if not options.run:
             raise ConfigError("run=FOLDER is missing: the folder of the run to report on")
-        path, evaluation = write_report(Path(options.run), options.samples)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+        path, series = write_report(Path(options.run), options.samples)
+    except (ConfigError, MissingKey, StoreError, StoreDown, OSError) as error:  # OSError: of disks
+        print(str(error) or repr(error), file=sys.stderr)
         return 2
-    if evaluation is None:
-        print(f"no captions in {options.run}/eval yet: an eval/ script writes them")
-    else:
-        print("CIDEr " + ", ".join(f"{score['cider']:.1f} at step {score['step']:,}" for score in evaluation.scores))
+    for one in series:
+        print(one)
+    if not series:
+        print(f"no evaluation in {options.run}/eval yet: an eval/ script makes one")
     print(path)
     return 0
 
 
-def write_report(folder: Path, samples: int) -> tuple[Path, Evaluation | None]:
+def write_report(folder: Path, samples: int) -> tuple[Path, list[Series]]:
     """Write ``report.html`` into the run's folder, whole or not at all."""
     run = read_run(folder)
     records = read_metrics(folder)
-    evaluation = read_evaluation(folder)
-    body = [head(run, folder, records, evaluation), curves(run, records)]
-    if evaluation is not None:
-        body.append(gallery(evaluation, samples))
+    evaluations = scores_of(folder)
+    series = series_of(evaluations)
+    body = [head(run, records, series), curves(run, records)]
+    if series:
+        body += [report_scores.section(folder, evaluations, series), report_scores.gallery(series, samples)]
     body.append(facts(run, folder))
-    page = document(f"{run.name}: training report", "\n".join(body))
+    page = document(f"{run.name}: training report", "\n".join(body), report_scores.STYLE)
     path = folder / "report.html"
     aside = folder / "report.html.partial"
     aside.write_text(page, encoding="utf-8")
     os.replace(aside, path)
-    return path, evaluation
+    return path, series
 
 
 # ---------------------------------------------------------------- what the run left
@@ -83,39 +76,11 @@ def read_metrics(folder: Path) -> list[Record]:
     return sorted({record["step"]: record for record in records}.values(), key=lambda record: int(record["step"]))
 
 
-def read_evaluation(folder: Path) -> Evaluation | None:
-    path = folder / "eval" / "captions.json"
-    if not path.exists():
-        return None
-    summary = json.loads(path.read_text())
-    scores = sorted(summary["scores"], key=lambda score: int(score["step"]))
-    texts = [(path.parent / Path(score["file"]).name).read_text() for score in scores]
-    return Evaluation(summary["data"], scores, [[json.loads(line) for line in text.splitlines()] for text in texts])
-
-
-def read_images(address: str, wanted: set[str]) -> dict[str, bytes]:
-    """The first image of each wanted sample; those that are not there, in a corpus made again, are left out."""
-    found: dict[str, bytes] = {}
-    try:
-        for sample in read_samples(open_store(address)):
-            if len(found) == len(wanted):
-                break
-            data = sample.images[0].data if sample.id in wanted and sample.images else None
-            if data is not None:
-                found[sample.id] = data
-    except (MissingKey, StoreError, BrokenShard) as error:
-        raise ConfigError(f"{address}: {error}") from None
-    return found
-
-
 # ---------------------------------------------------------------- the page
 
 
-def head(run: Run, folder: Path, records: list[Record], evaluation: Evaluation | None) -> str:
-    tiles: list[tuple[str, str]] = []
-    if evaluation is not None and evaluation.scores:
-        first, last = evaluation.scores[0], evaluation.scores[-1]
-        tiles.append((f"{first['cider']:.1f} → {last['cider']:.1f}", f"CIDEr on {len(evaluation.rows[-1])} images"))
+def head(run: Run, records: list[Record], series: list[Series]) -> str:
+    tiles = report_scores.tiles(series)
     last_record = records[-1] if records else {}
     done = f"{last_record.get('step', 0):,} of {run.train.steps:,}"
     tiles.append((done, "optimizer steps"))
@@ -156,29 +121,6 @@ def curves(run: Run, records: list[Record]) -> str:
 def line(records: list[Record], key: str, label: str) -> Line:
     known = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return Line(label, [step for step, _ in known], [value for _, value in known])
-
-
-def gallery(evaluation: Evaluation, samples: int) -> str:
-    """Held-out images with a true caption and what the model says, before and after."""
-    shown = [row["id"] for row in evaluation.rows[-1][:samples]]
-    images = read_images(evaluation.data, set(shown))
-    said = [{row["id"]: row for row in rows} for rows in evaluation.rows]
-    cards = []
-    for key in shown:
-        truth = said[-1][key]["references"]
-        spoken = [(score["step"], rows[key]["caption"]) for score, rows in zip(evaluation.scores, said, strict=True)]
-        cards.append(card(images.get(key), truth, spoken))
-    explained = "Images that training never saw. Green: the words of one of the references."
-    return f'<h2>Held-out images</h2>\n<p>{explained}</p>\n<div class="samples">' + "\n".join(cards) + "</div>"
-
-
-def card(image: bytes | None, truth: list[str], spoken: list[tuple[int, str]]) -> str:
-    entries = [f"<dt>truth</dt><dd>{escape(truth[0])}</dd>"]
-    for step, caption in spoken:
-        label = "before training" if step == 0 else f"after step {step:,}"
-        right = ' class="right"' if caption in truth else ""
-        entries.append(f"<dt>{label}</dt><dd{right}>{escape(caption) or '(nothing)'}</dd>")
-    return f'<div class="card sample">{picture(image, truth[0])}<dl>{"".join(entries)}</dl></div>'
 
 
 def facts(run: Run, folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def version_of(file: Path) -> tuple[int, int] | None:
         facts = file.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return facts.st_mtime_ns, facts.st_size
+    return (facts.st_mtime_ns, facts.st_size) if stat.S_ISREG(facts.st_mode) else None
 
 
 def read(folder: Path) -> tuple[str, list[Record]]:

@@ -96,7 +96,9 @@ def shards_to_do(store: Store, shards: Sequence[str], encoder: Encoder, task: in
 
 
 def compute(store: Store, shards: Sequence[str], encoder: Encoder, device: torch.device | str) -> None:
-    """Write the features of shards, each file whole.
+    """Write the features of shards, each file whole: the same bytes on the same kind of device, whoever computes them.
+
+    On CPUs that takes as many threads, too: how these divide the work shows in the last bit.
 
     ConfigError where a sample has no image, or one that cannot be read; BrokenShard, MissingKey and StoreError as
     ``ShardReader.read``.
@@ -105,8 +107,9 @@ def compute(store: Store, shards: Sequence[str], encoder: Encoder, device: torch
         return
     tower, reader = Tower(encoder, device), ShardReader(store)
     for done, shard in enumerate(shards, 1):
+        key = key_of(store, shard, encoder)  # before its samples are read: what replaces the shard has another key
         features = np.concatenate(list(tower.features(reader, shard)))
-        store.write(key_of(store, shard, encoder), save({FEATURES: features}, {"shard": shard}))
+        store.write(key, save({FEATURES: features}, {"shard": shard}))
         logger.info("features of %s: %d images (%d of %d shards)", shard, len(features), done, len(shards))
 
 

@@ -82,7 +82,7 @@ def environment(checkout: Path, folder: Path, **more: str) -> dict[str, str]:
 
 def launch(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hpc_mm.launch", *words]
-    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=900)
 
 
 def facts(run: Path, rank: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
 from hpc_mm.recipes.toy import toy
 
 STEP = 7
+ASKED = ["yes no blue Output : Question Short answer Answer is an image with written on it hateful ? What 0 1 2"]
 SMALLER = {
     "model.vision.architecture": '{"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16}',
     "model.language.architecture.hidden_size": "32",
@@ -35,7 +36,7 @@ class Objective(nn.Module):
 def write_run(folder: Path) -> Path:
     """The run's folder, with one checkpoint, at step 7, of weights that are not the first ones."""
     folder.mkdir(parents=True)
-    samples.tokenizer([" ".join(samples.WORDS)]).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    samples.tokenizer([" ".join([*samples.WORDS, *ASKED])]).backend_tokenizer.save(str(folder / "tokenizer.json"))
     run: Run = with_overrides(
         toy(), {"name": "toy", "model.language.tokenizer": str(folder / "tokenizer.json"), **SMALLER}
     )

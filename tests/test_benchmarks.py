@@ -8,7 +8,7 @@ from checkout import ROOT
 
 
 def output(*words: str) -> str:
-    ended = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
     return ended.stdout
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import clips
 import pytest
 import questions
 import samples
@@ -122,7 +123,7 @@ def test_scores_are_those_of_the_rows(run_folder: Path, data: dict[str, str], tm
     assert entry["score"] == pytest.approx(100 * sum(trials) / 2)
     assert entry["low"] < entry["score"] < entry["high"]
     assert [trial["seed"] for trial in entry["trials"]] == [3, 4]
-    assert "2shot-random-s3,4-train-44@" in entry["protocol"] and entry["protocol"].endswith("@v1")
+    assert "2shot-random-s3,4-train-40@" in entry["protocol"] and entry["protocol"].endswith("@v1")
 
 
 def test_captions_have_further_metrics(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
@@ -144,13 +145,39 @@ def test_processes_here_share_the_work(run_folder: Path, data: dict[str, str], t
     assert run(VQA, run_folder, data, tmp_path / "here") == 0
     assert answered(tmp_path / "script") == answered(tmp_path / "here")
     assert results(tmp_path / "script")["scores"] == results(tmp_path / "here")["scores"]
-    assert "95 % interval" in done.stdout and "vqav2-test-36@" in done.stdout
+    assert "95 % interval" in done.stdout and "vqav2-test-22@" in done.stdout
 
 
 def script_run(script: Path, *words: str) -> Any:
     import subprocess
 
     return subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+
+
+def test_similar_demonstrations(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Features are made once, by any number of tasks, and the same answers come out."""
+    own = {"colors": shutil.copytree(data["colors"], tmp_path / "colors").as_posix()}
+    clip = clips.write_clip(tmp_path / "clip")
+    words = ["selection=rices", f"rices.model={clip.model}", "shots=2,0"]
+    for tasks, out in ((1, tmp_path / "1"), (3, tmp_path / "3")):
+        assert run(COLORS, run_folder, own, out, *words, "stage=plan") == 0
+        if tasks == 1:
+            assert run(COLORS, run_folder, own, out, *words, "stage=answer") == 2
+            assert "the stage features computes them" in capsys.readouterr().err
+        for stage in ("features", "answer"):
+            for task in range(tasks):
+                shares = [f"tasks={tasks}", f"task={task}", f"stage={stage}"]
+                assert run(COLORS, run_folder, own, out, *words, *shares) == 0
+        assert run(COLORS, run_folder, own, out, *words, "stage=collect", "examples=3") == 0
+    said = capsys.readouterr().out
+    assert said.count("features of 0 shards were made here") == 3, "another evaluation made them"
+    assert answered(tmp_path / "1") == answered(tmp_path / "3")
+    assert set(answered(tmp_path / "1")) == {"0shot-rices/openflamingo.jsonl", "2shot-rices/openflamingo.jsonl"}
+    scored = results(tmp_path / "1")["scores"]
+    assert f"2shot-rices-{clip.name}-train-20@" in scored[1]["protocol"]
+    assert results(tmp_path / "3")["scores"] == scored
 
 
 # ---------------------------------------------------------------- again and again
@@ -172,9 +199,9 @@ def test_a_missing_part_is_told(
     run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(VQA, run_folder, data, tmp_path) == 0
-    (tmp_path / "0shot-s4" / "parts" / "000002.jsonl").unlink()
+    (tmp_path / "2shot-s4" / "parts" / "000002.jsonl").unlink()
     assert run(VQA, run_folder, data, tmp_path, "stage=collect") == 2
-    assert "1 of 9 parts are not done: 2; run the same command again" in capsys.readouterr().err
+    assert "1 of 6 parts are not done: 2; run the same command again" in capsys.readouterr().err
 
 
 def test_a_doubled_output_file_is_refused(
@@ -244,7 +271,7 @@ def test_watching(run_folder: Path, data: dict[str, str], tmp_path: Path, capsys
     capsys.readouterr()
     assert run(VQA, run_folder, data, tmp_path, "watch=true") == 0
     said = capsys.readouterr().out
-    assert "144 of 144 questions" in said and "2 shots, seed 3" in said
+    assert "44 of 44 questions" in said and "2 shots, seed 3" in said
     for entry in results(tmp_path)["scores"]:
         for trial in entry["trials"]:
             assert f"{trial['score']:.2f} ({trial['score']:.2f} to {trial['score']:.2f})" in said, "all are scored"
@@ -255,18 +282,20 @@ def test_watching(run_folder: Path, data: dict[str, str], tmp_path: Path, capsys
 
 MISTAKES = {
     "no such run": (["checkpoint=/nowhere/at/all"], "no run at /nowhere/at/all"),
-    "no such step": (["step=9"], "unknown step '9'"),
+    "no such step": (["step=9"], "'9': known: 7, latest"),
     "a typo": (["shts=4"], "unknown key 'shts': did you mean shots?"),
     "a typo below": (["decoding.beems=4"], "did you mean decoding.beams?"),
     "no such split": (["split=val"], "has no split 'val': it has test, train"),
     "no such data": (["data=/nowhere/at/all"], "/nowhere/at/all"),
-    "more shots than there are": (["shots=50"], "shots=50 shows 50 of a query set of 44: too few"),
+    "more shots than there are": (["shots=50"], "shots=50 shows 50 of a query set of 40: too few"),
     "a small query set": (["shots=5", "query_set=4"], "shots=5 shows 5 of a query set of 4: too few"),
-    "more questions than there are": (["samples=50"], "samples=50: there are 36 questions"),
+    "more questions than there are": (["samples=50"], "samples=50: there are 22 questions"),
     "unknown rules": (["rules=openflamenco"], "rules=openflamenco"),
     "shots twice": (["shots=4,4"], "one is there twice"),
-    "negative": (["shots=-1"], "shots.0=-1"),
-    "a task too many": (["stage=answer", "tasks=2", "task=2"], "task=2"),
+    "negative": (["shots=-1"], "shots.0='-1'"),
+    "a task too many": (["stage=answer", "tasks=2", "task=2"], "task=2: tasks=2 are numbered from 0 to 1"),
+    "a task of no stage": (["tasks=2", "task=1"], "task=1 is of one stage: give stage=features or stage=answer too"),
+    "no shots": (["shots="], "shots=[]: give one or more"),
 }
 
 
@@ -315,7 +344,7 @@ def test_weights_before_training_answer_otherwise(run_folder: Path, data: dict[s
 
 def test_results_lie_beside_the_checkpoint(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "toy")
-    words = [f"checkpoint={folder}", f"data={data['vqav2']}", *WORDS, "shots=2", "samples=6"]
+    words = [f"checkpoint={folder}", f"data={data['vqav2']}", *WORDS, "samples=6"]
     assert evaluate.main(VQA, words) == 0
     assert results(folder / "eval" / "vqav2" / "step-7")["questions"] == 6
 

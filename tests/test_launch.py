@@ -214,7 +214,7 @@ def test_a_local_run_from_start_to_resumption(user: dict[str, str], tmp_path: Pa
     assert ranks[0]["ACCELERATE_USE_CPU"] == "true"
     assert Path(ranks[1]["file"]).is_relative_to(run / "submissions" / "001" / "code")
     assert "step 20/600  loss 1.500  3.0 samples/s" in result.stdout
-    assert (run / "submissions" / "001" / "command.txt").read_text().count("accelerate launch") == 2
+    assert (run / "submissions" / "001" / "command.txt").read_text().count("accelerate-launch") == 2
     frozen = json.loads((run / "run.json").read_text())
     assert frozen["model"]["language"]["tokenizer"] == str(run / "tokenizer.json")
 

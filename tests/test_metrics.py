@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_mm.metrics import accuracy, accuracy_each, roc_auc
+from hpc_mm.metrics import accuracy, accuracy_each, roc_auc, roc_auc_each
 
 items = st.lists(st.tuples(st.integers(-3, 3).map(lambda number: number / 7), st.booleans()), min_size=2, max_size=40)
 
@@ -26,6 +26,18 @@ def by_definition(scores: list[float], positive: list[bool]) -> float:
 def test_roc_auc_is_the_part_of_pairs_in_order(drawn: list[tuple[float, bool]]) -> None:
     scores, positive = [list(column) for column in zip(*drawn, strict=True)]
     assert roc_auc(scores, positive) == pytest.approx(by_definition(scores, positive), rel=0, abs=1e-12)
+
+
+def test_shares_of_a_roc_auc_vary_as_the_area_does() -> None:
+    """The standard error by DeLong, of one sample, beside the spread of areas over many samples."""
+    generator = np.random.default_rng(0)
+    areas, errors = [], []
+    for _ in range(400):
+        positive = generator.random(300) < 0.3
+        each = roc_auc_each(generator.normal(size=300) + positive, list(positive))
+        areas.append(each.mean())
+        errors.append(each.std(ddof=1) / np.sqrt(300))
+    assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.1)
 
 
 def test_roc_auc_equals_scikit_learns() -> None:

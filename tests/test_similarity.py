@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from clips import CLIP, SIZE, TEXT, TOWER, WIDTH, write_clip
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image as Picture
 from questions import captioned, image_of, write_splits
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hpc_mm import similarity
 from hpc_mm.benchmark import Question
@@ -28,11 +28,6 @@ from hpc_mm.data.store import Store, open_store
 from hpc_mm.demonstrations import Similar, most_similar
 from hpc_mm.similarity import Encoder, Tower, compute, key_of, read_features, shards_to_do
 
-SIZE, WIDTH = 16, 24
-TOWER = {"image_size": SIZE, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
-TEXT = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-CLIP = {"embed_dim": WIDTH, "vision_cfg": TOWER, "text_cfg": TEXT}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -41,18 +36,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def write_clip(folder: Path, seed: int = 0, **preprocess: Any) -> Encoder:
-    """A random CLIP as open_clip's folders have it."""
-    folder.mkdir()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        clip = open_clip.CLIP(embed_dim=WIDTH, vision_cfg=dict(TOWER), text_cfg=dict(TEXT))
-    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
-    config = {"model_cfg": CLIP, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, **preprocess}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    return Encoder(model=f"local-dir:{folder}")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def ranks(folder: Path, strategy: str, precision: str, *other: str) -> list[dict
     line = line.replace("--num_machines 2", "--num_machines 1").partition(" -m hpc_mm.train")[0]
     values = {**os.environ, **environment(run, 1), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     words = [*shlex.split(line), str(WORKER), str(folder), strategy, precision, *other]
-    ended = subprocess.run(words, cwd=ROOT, env=values, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run(words, cwd=ROOT, env=values, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

@@ -33,7 +33,12 @@ def toy() -> Run:
             ),
             "pairs": Source(data="shapes/train-pairs", form="pairs", batch=24, max_tokens=32, max_images=1),
             "questions": Source(
-                data="shapes/train-questions", form="interleaved", batch=6, max_tokens=128, max_images=5
+                data="shapes/train-questions",
+                form="interleaved",
+                batch=6,
+                weight=0.2,  # with more, captions learn late to look at images
+                max_tokens=128,
+                max_images=5,
             ),
         },
         train=Train(

@@ -155,7 +155,7 @@ def test_time_that_runs_out(user: dict[str, str], slurm: None) -> None:
     """The job sees its end coming, saves while a save still fits, and comes back."""
     run, job, _ = submit(user, "clock", *WORDS[:2], "train.steps=100000", "train.save_every=100000", "slurm.time=4")
     stepped(run, 1)
-    start_now(job, seconds=300)
+    start_now(job)
     done = max(line["step"] for line in lines(run))
     stepped(run, done + 3)
     subprocess.run(["scancel", job], check=True)

@@ -298,7 +298,7 @@ def test_a_run_without_progress_stops_with_a_reason(user: dict[str, str], tmp_pa
     assert launch({**user, "TEST_FAILS": "0"}, "recipe=toy", "nodes=2").returncode == 0
     run = tmp_path / "runs" / "toy"
     job = job_of(run)
-    assert wait(job, seconds=300) == "FAILED"
+    assert wait(job) == "FAILED"
     assert endings(run) == [("crashed", 0, 0)] * 2
     assert "the reason of the failure" in (run / "submissions" / "001" / "node0.log").read_text()
     last = log_of(run, job).splitlines()[-1]

@@ -35,15 +35,21 @@ def test_four_nodes_lose_as_one_process_does(user: dict[str, str], alone: list[l
         assert ours == pytest.approx(expected, rel=2e-4)
 
 
-def test_a_warned_job_requeues_itself_and_loses_no_step(user: dict[str, str], alone: list[list[float]]) -> None:
-    """In bf16 with reading workers; bit for bit the losses of the job that was left in peace."""
-    words = ["nodes=2", "strategy=zero2", "precision=bf16", "loader.workers=2", "train.steps=8"]
-    quiet, job, _ = submit(user, "quiet", *words)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.chaos)])
+def test_a_warned_job_requeues_itself_and_loses_no_step(
+    strategy: str, user: dict[str, str], alone: list[list[float]]
+) -> None:
+    """In bf16 with reading workers; bit for bit the losses of the job that was left in peace.
+
+    DeepSpeed, which takes seconds more to start, goes on exactly in tests/test_strategies.py too.
+    """
+    words = ["nodes=2", f"strategy={strategy}", "precision=bf16", "loader.workers=2", "train.steps=8"]
+    quiet, job, _ = submit(user, f"quiet-{strategy}", *words)
     ends_well(quiet, job)
     for step, (ours, expected) in enumerate(zip(losses(quiet), alone, strict=False), start=1):
-        print(f"ZeRO-2 in bf16 on 2 nodes, step {step}: {ours}; one process in fp32 {expected}")
+        print(f"{strategy} in bf16 on 2 nodes, step {step}: {ours}; one process in fp32 {expected}")
         assert ours == pytest.approx(expected, rel=4e-3 * step)  # bf16 keeps 8 bits, and differences add up
-    run, job, _ = submit(user, "warned", *words)
+    run, job, _ = submit(user, f"warned-{strategy}", *words)
     stepped(run, 2)
     warned = time.time()
     subprocess.run(["scancel", "--signal=USR2", job], check=True)

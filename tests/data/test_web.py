@@ -345,9 +345,10 @@ def test_a_dead_host_is_soon_left_alone(server: Server, page: str) -> None:
         )
         assert {outcome.reason for outcome in outcomes} == {"connection" if page == "half_closed" else "timeout"}
         assert sum(outcome.requests for outcome in outcomes) < 50
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
 
-    with_fetcher(dead, deadline=0.3, robots=False)
+    # What is closed at once has time to be, on a machine that may be busy, and no time to wait for a pause's second.
+    with_fetcher(dead, deadline=0.9 if page == "half_closed" else 0.3, robots=False)
 
 
 def test_a_slow_body_among_good_ones_is_no_reason_to_leave_a_host_alone(server: Server) -> None:
@@ -408,10 +409,10 @@ def test_idle_connections_are_bounded(server: Server, monkeypatch: pytest.Monkey
 
 def test_a_rate_is_kept(server: Server) -> None:
     started = time.monotonic()
-    urls = [f"http://slow.test:{server.port}/ok?{number}" for number in range(15)]
-    outcomes = fetched(urls, host_rate=5, deadline=0.5, robots=False)
+    urls = [f"http://slow.test:{server.port}/ok?{number}" for number in range(20)]
+    outcomes = fetched(urls, host_rate=5, deadline=DEADLINE, robots=False)
     assert {outcome.status for outcome in outcomes} == {"ok"}, "waiting for a turn counts in no deadline"
-    assert time.monotonic() - started > 1.5
+    assert time.monotonic() - started > 1.2 * DEADLINE
 
 
 def test_tasks_share_the_rate_of_hosts_that_redirects_lead_to(server: Server) -> None:

@@ -1,0 +1,141 @@
+"""A run's scores: all that evaluations left, in order, read once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import questions
+from evaluations import TOY, VQA, evaluate
+
+from hpc_mm import results
+from hpc_mm.config import ConfigError
+from hpc_mm.data.store import Store
+from hpc_mm.run_scores import RunScore, metrics_of, scores_of
+
+SAID = ["caption 0.1", "nothing", "caption 2.2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "toy": questions.write_splits(
+            folder / "toy", test=questions.captioned(0, 1, 2), train=questions.captioned(3, 4, 5)
+        ),
+        "vqav2": questions.write_splits(folder / "vqav2", test=questions.asked(0), train=questions.asked(3, 4)),
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, data: dict[str, str]) -> Path:
+    """A run with two benchmarks, evaluated at steps 0, 9 and 30, and its exported weights."""
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    for step in (30, 0, 9, "export"):
+        evaluate(folder, TOY, step, data["toy"], SAID, shots=(0, 2), rules=("openflamingo", "lmms-eval"))
+    evaluate(folder, VQA, 9, data["vqav2"], ["a1", "nothing"])
+    return folder
+
+
+@pytest.fixture
+def run_folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folders whose results.json was read."""
+    found: list[str] = []
+    read = results.read
+
+    def counted(store: Store) -> dict[str, object]:
+        found.append("/".join(Path(store.address).parts[-2:]))
+        return read(store)
+
+    monkeypatch.setattr(results, "read", counted)
+    return found
+
+
+def places(scores: list[RunScore]) -> list[tuple[str, int]]:
+    return [(one.benchmark, one.step) for one in scores]
+
+
+def test_all_evaluations_in_order(run_folder: Path, data: dict[str, str]) -> None:
+    scores = scores_of(run_folder)
+    assert places(scores) == [("toy", 0), ("toy", 9), ("toy", 30), ("vqav2", 9)]
+    for one in scores:
+        assert one.folder == run_folder / "eval" / one.benchmark / f"step-{one.step}"
+        assert one.entries == json.loads((one.folder / "results.json").read_text())["scores"]
+        assert one.data == data[one.benchmark]
+    assert [(entry["rules"], entry["shots"]) for entry in scores[0].entries] == [
+        *(("lmms-eval", 0), ("lmms-eval", 2)),
+        *(("openflamingo", 0), ("openflamingo", 2)),
+    ]
+
+
+def test_what_is_no_evaluation(run_folder: Path, tmp_path: Path) -> None:
+    """Not done yet, or put there by someone."""
+    before = scores_of(run_folder)
+    folder = run_folder / "eval"
+    (folder / "toy" / "step-40" / "2shot-s42").mkdir(parents=True)
+    (folder / "toy" / "step-50").write_text("")
+    (folder / "toy" / "step-60" / "results.json").mkdir(parents=True)
+    for name in ("step-", "step-007", "step--1", "step-9.old", "backup"):
+        shutil.copytree(folder / "toy" / "step-9", folder / "toy" / name)
+    shutil.copy(folder / "toy" / "step-9" / "results.json", folder / "results.json")
+    (folder / "notes.txt").write_text("")
+    assert scores_of(run_folder) == before
+    assert scores_of(tmp_path / "nowhere") == []
+
+
+def test_files_are_read_once(run_folder: Path, data: dict[str, str], reads: list[str]) -> None:
+    first = scores_of(run_folder)
+    assert sorted(reads) == ["toy/step-0", "toy/step-30", "toy/step-9", "vqav2/step-9"]
+    reads.clear()
+    again = scores_of(run_folder, first)
+    assert reads == [] and all(one is other for one, other in zip(again, first, strict=True))
+    evaluate(run_folder, TOY, 9, data["toy"], SAID, shots=(4,))
+    evaluate(run_folder, TOY, 99, data["toy"], SAID)
+    shutil.rmtree(run_folder / "eval" / "vqav2")
+    reads.clear()
+    found = scores_of(run_folder, first)
+    assert sorted(reads) == ["toy/step-9", "toy/step-99"]
+    assert places(found) == [("toy", 0), ("toy", 9), ("toy", 30), ("toy", 99)]
+    assert [one.step for one in found if one not in first] == [9, 99], "what is new"
+    assert len(found[1].entries) == len(first[1].entries) + 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"data": "d"}', '{"data": "d", "scores": [{"shots": 4}]}'])
+def test_damaged_results_are_told_in_a_line(run_folder: Path, text: str) -> None:
+    file = run_folder / "eval" / "toy" / "step-9" / "results.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as found:
+        scores_of(run_folder)
+    assert f"{file} is damaged" in str(found.value) and "\n" not in str(found.value)
+
+
+def test_names_of_metrics(run_folder: Path, data: dict[str, str]) -> None:
+    scores = {(one.benchmark, one.step): one for one in scores_of(run_folder)}
+    last = {(entry["rules"], entry["shots"]): entry["score"] for entry in scores["toy", 30].entries}
+    assert metrics_of([scores["toy", 30], scores["vqav2", 9]]) == {
+        "eval/toy/0shot/cider": last["openflamingo", 0],
+        "eval/toy/2shot/cider": last["openflamingo", 2],
+        "eval/toy/0shot/cider/lmms-eval": last["lmms-eval", 0],
+        "eval/toy/2shot/cider/lmms-eval": last["lmms-eval", 2],
+        "eval/vqav2/2shot/vqa-accuracy": scores["vqav2", 9].entries[0]["score"],
+    }
+    assert metrics_of([]) == {}
+
+
+def test_the_last_step_and_most_trials_count(tmp_path: Path) -> None:
+    def scored(step: int, *scores: tuple[float, int, str]) -> RunScore:
+        values = {"shots": 4, "metric": "cider", "rules": "openflamingo", "protocol": "p"}
+        entries = [
+            {**values, "score": score, "selection": selection, "trials": [{}] * count}
+            for score, count, selection in scores
+        ]
+        return RunScore("coco", step, tmp_path, (0, 0), "", entries)
+
+    two = [scored(30, (3.0, 2, "random"), (2.0, 1, "random"), (9.0, 1, "rices")), scored(4, (1.0, 5, "random"))]
+    assert metrics_of(two) == {"eval/coco/4shot/cider": 3.0, "eval/coco/4shot-rices/cider": 9.0}
+    assert metrics_of(two[::-1]) == metrics_of(two)
