@@ -7,12 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_mm import slurm
+from hpc_mm import chain, slurm
 from hpc_mm.command import ROOT, Submission, header, site_directives
 from hpc_mm.config import ConfigError, Slurm
 from hpc_mm.data.store import whole
@@ -45,6 +45,7 @@ class Work:
     places: Sequence[str]  # addresses that a job reads or writes, which a container must see; empty ones are none
     snapshot: Sequence[str]  # folders of the checkout that a job reads
     slurm: Slurm
+    logs: str = ""  # folder; empty = that of the submission
 
 
 def wants_slurm(cluster: str) -> bool:
@@ -69,7 +70,8 @@ def run_tasks(words: Sequence[str], stage: str, tasks: int) -> int:
 def script(work: Work, stage: Stage, tasks: range, submission: Submission) -> str:
     """The batch script of one job or array: task ``tasks.start + i`` is its i-th job."""
     array = stage.tasks is not None
-    log = submission.folder / (f"{stage.name}-%A_%a.log" if array else f"{stage.name}-%j.log")
+    logs = Path(work.logs) if work.logs else submission.folder
+    log = logs / (f"{stage.name}-%A_%a.log" if array else f"{stage.name}-%j.log")
     directives = {"job-name": f"{work.name}-{stage.name}", "nodes": "1", "ntasks": "1", "output": str(log)}
     directives |= {"open-mode": "append", "requeue": "", "signal": f"B:USR2@{WARNING}"}
     if stage.gpus:
@@ -155,7 +157,11 @@ def queue(work: Work, cluster: str) -> dict[str, list[str]]:
             slurm.test(text)
         with frozen(submission, work.snapshot, files):
             pass
-        jobs = chained({stage: [submission.folder / name for name in found] for stage, found in texts.items()})
+        paths = {stage: [submission.folder / name for name in found] for stage, found in texts.items()}
+        try:
+            jobs = chain.chained(paths, slurm.job_environment())
+        except chain.Refused as error:
+            raise ConfigError(str(error)) from None
     for stage, numbers in jobs.items():
         print(f"submitted {stage}: job {', '.join(numbers)}")
     every = " ".join(job for numbers in jobs.values() for job in numbers)
@@ -169,35 +175,6 @@ def check_time(time: str) -> None:
             f"slurm.time={time} leaves no time to work: a task goes back into the queue {WARNING} s before its end; "
             f"give more than {LEAST_MINUTES} minutes"
         )
-
-
-def chained(files: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
-    """Submit the batch scripts of every stage; its jobs. Where Slurm refuses one, those before it are taken back."""
-    jobs: dict[str, list[str]] = {}
-    before: list[str] = []
-    try:
-        for stage, batches in files.items():
-            jobs[stage] = []
-            for file in batches:
-                jobs[stage].append(submit(file, before))
-            before = jobs[stage]
-    except ConfigError:
-        submitted = [job for numbers in jobs.values() for job in numbers]
-        if submitted:
-            subprocess.run(["scancel", *submitted], check=False)
-        raise
-    return jobs
-
-
-def submit(file: Path, after: Sequence[str]) -> str:
-    """The job's id. Where a job before it fails, Slurm takes it out of the queue."""
-    words = ["sbatch", "--parsable"]
-    if after:
-        words += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
-    answer = subprocess.run([*words, str(file)], env=slurm.job_environment(), capture_output=True, text=True)
-    if answer.returncode:
-        raise ConfigError(f"sbatch refused {file}: {slurm.one_line(answer.stderr)}")
-    return answer.stdout.strip().partition(";")[0]
 
 
 def refuse_if_active(work: Work) -> None:

@@ -21,7 +21,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,13 +130,21 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- saving
 
+Awaited = Callable[[int], bool]  # whether the checkpoint of a step must stay
+
+
+def nobody(step: int) -> bool:
+    return False
+
 
 class Saver:
     """This rank's side of saving. Every method that says so is a collective: all ranks call it at the same step."""
 
-    def __init__(self, accelerator: Any, run_folder: Path, keep: int, keep_every: int = 0) -> None:
+    def __init__(
+        self, accelerator: Any, run_folder: Path, keep: int, keep_every: int = 0, awaited: Awaited = nobody
+    ) -> None:
         self.accelerator, self.run_folder = accelerator, run_folder
-        self.keep, self.keep_every = keep, keep_every
+        self.keep, self.keep_every, self.awaited = keep, keep_every, awaited
         self.writing: Writing | None = None
         self._memory: Tensor | None = None  # of the snapshot; kept, because getting fresh pages takes most of the time
         self.removing: threading.Thread | None = None
@@ -214,7 +222,7 @@ class Saver:
             return str(error)
         if self.removing is not None:
             self.removing.join()
-        arguments = (self.run_folder, self.keep, self.keep_every)
+        arguments = (self.run_folder, self.keep, self.keep_every, self.awaited)
         self.removing = threading.Thread(target=prune, args=arguments, daemon=True)  # it may be cut off at any time
         self.removing.start()  # deleting hundreds of GB takes a while, too
         return None
@@ -281,12 +289,16 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(run_folder: Path, keep: int, keep_every: int = 0) -> None:
-    """Remove all but the ``keep`` newest, those of every ``keep_every``-th step, and older damaged ones."""
+def prune(run_folder: Path, keep: int, keep_every: int = 0, awaited: Awaited = nobody) -> None:
+    """Remove older ones, damaged ones too.
+
+    The ``keep`` newest stay, those of every ``keep_every``-th step, and those for whose evaluation somebody waits.
+    """
     whole = finished(run_folder)
     if not whole:
         return
     kept = {path for path in whole if keep_every and step_of(path) % keep_every == 0} | set(whole[-keep:])
+    kept |= {path for path in whole if awaited(step_of(path))}
     for old in run_folder.glob("checkpoints/step-*"):
         if old.name < whole[-1].name and old not in kept and not old.name.endswith(PARTIAL):
             try:

@@ -148,6 +148,20 @@ class Train(Part):
     max_nonfinite: int = Field(20, ge=0, description="skipped steps with a non-finite loss before the run stops")
 
 
+class Evaluate(Part):
+    """What checkpoints are tried on while training goes on."""
+
+    every: int = Field(
+        0,
+        ge=0,
+        description="optimizer steps between checkpoints that are evaluated, and the last one is; "
+        "each is kept until its scores are there; 0 = none",
+    )
+    benchmarks: dict[str, str] = Field(
+        {}, description='script of eval/ -> its words: evaluate.benchmarks.coco="data=coco shots=0,4 tasks=4"'
+    )
+
+
 class Tracking(Part):
     wandb: Literal["online", "offline", "off"] = Field("off", description="Weights & Biases beside metrics.jsonl")
     project: str = Field("hpc_mm", description="wandb project")
@@ -182,6 +196,7 @@ class Run(Part):
     sources: dict[str, Source] = Field(min_length=1, description="what is trained on, by name")
     train: Train = Field(description="optimizer, schedule, seed, checkpoints")
     loader: Loader = Field(Loader(), description="reading")
+    evaluate: Evaluate = Field(Evaluate(), description="benchmarks while training goes on")
     tracking: Tracking = Field(Tracking(), description="wandb")
     strategy: str = Field("zero2", description="a file of accelerate_configs/, or a path to your own .yaml")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of activations; master weights are fp32")
@@ -205,6 +220,15 @@ class Run(Part):
                     f"sources.{name}.batch={source.batch} leaves ranks without samples: {self.nodes} nodes x "
                     f"{self.processes_per_node} processes need {self.world_size} or more"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def what_is_evaluated_is_saved(self) -> Run:
+        every, saved = self.evaluate.every, self.train.save_every
+        if every % saved:
+            raise ValueError(f"evaluate.every={every} must be a multiple of train.save_every={saved}")
+        if every and not self.evaluate.benchmarks:
+            raise ValueError(f'evaluate.every={every} wants a benchmark: evaluate.benchmarks.coco="data=... shots=4"')
         return self
 
     @field_validator("sources")

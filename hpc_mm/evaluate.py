@@ -244,8 +244,8 @@ def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
         work = Work(name, f"eval-{name}", stages, STAGES[1:], again, places, SNAPSHOT, options.slurm)
         queue(work, options.cluster)
         return 0
-    if options.task is not None and LAUNCHER in os.environ:
-        die_with_parent(signal.SIGTERM)  # else a task whose launcher was killed would go on beside the next one
+    if LAUNCHER in os.environ:
+        die_with_parent(signal.SIGTERM)  # else work whose launcher was killed would go on beside the next one
     for stage in options.stages:
         if stage in SHARED and options.tasks > 1 and options.task is None:
             code = run_tasks([sys.executable, *again], stage, options.tasks)
@@ -257,13 +257,16 @@ def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
     return 0
 
 
-def script_words(words: Sequence[str], options: Evaluation) -> list[str]:
-    """This command again, for one stage and task of it; addresses and step as they were found."""
+def script_words(words: Sequence[str], options: Evaluation, script: str = "") -> list[str]:
+    """This command again, for one stage and task of it; addresses and step as they were found.
+
+    ``script``: its file in eval/, where it is not this process's.
+    """
     found = ("checkpoint", "step", "data", "out")
     gone = {*found, "stage", "task", "cluster", "watch"}
     kept = [word for word in words if word.partition("=")[0] not in gone]
     return [
-        f"eval/{Path(sys.argv[0]).name}",
+        f"eval/{script or Path(sys.argv[0]).name}",
         "cluster=local",
         *(f"{key}={getattr(options, key)}" for key in found if key != "step" or options.step != answerer.EXPORT),
         *kept,

@@ -54,6 +54,10 @@ def launch(arguments: Sequence[str]) -> int:
     folder = Path(site.runs).expanduser().resolve() / run.name
     if "train.accumulate" not in values:
         run = with_shares_of_old(run, folder)
+    if run.evaluate.every:
+        from hpc_mm import scheduled  # not above: the other runs need not wait for what it imports
+
+        scheduled.check(run, folder)
     if cluster == "print":
         return show(run, next_submission(folder))
     if cluster == "slurm" or (cluster == "auto" and slurm.is_here()):
@@ -94,14 +98,16 @@ def show(run: Run, submission: Submission) -> int:
     loaded = {language.tokenizer or language.name, language.name, "" if vision.architecture else vision.name}
     for address in sorted(loaded - {""}):
         print(f"#   that {address} can be loaded")
+    for name in run.evaluate.benchmarks if run.evaluate.every else ():
+        print(f"#   that {name} has whole shards to be evaluated on, every {run.evaluate.every} steps")
     print(
         f"#   whether {submission.run_folder} holds another run (a launch writes it, with the code that the job runs)"
     )
     return 0
 
 
-def check_data(run: Run) -> None:
-    """Every source has whole shards with samples in them, and they can be read from here."""
+def check_data(run: Run, folder: Path) -> None:
+    """Every source has whole shards with samples in them, and they can be read from here; benchmarks are there."""
     from hpc_mm.config import ConfigError
     from hpc_mm.data.shards import check_shards
     from hpc_mm.data.store import open_store
@@ -113,6 +119,10 @@ def check_data(run: Run) -> None:
             raise ConfigError(f"sources.{name}: {error}") from None
         if problems:
             raise ConfigError(f"sources.{name}: {problems[0]}; {len(problems)} problems in all: prepare it again")
+    if run.evaluate.every:
+        from hpc_mm import scheduled
+
+        scheduled.check_data(run, folder)
 
 
 def queue(run: Run, folder: Path) -> int:
@@ -123,7 +133,11 @@ def queue(run: Run, folder: Path) -> int:
     from hpc_mm.submission import frozen_tokenizer, last_submission, locked, next_submission, withdraw, write
 
     slurm.check(run, sbatch_script(run, next_submission(folder)))
-    check_data(run)
+    if run.evaluate.every:
+        from hpc_mm import scheduled
+
+        scheduled.check_jobs(run, next_submission(folder))
+    check_data(run, folder)
     run, tokenizer = frozen_tokenizer(run, folder)
     with locked(folder):
         slurm.refuse_if_active(last_submission(folder))
@@ -132,7 +146,7 @@ def queue(run: Run, folder: Path) -> int:
         before = frozen.read_bytes() if frozen.exists() else None
         submission = next_submission(folder)
         script = sbatch_script(run, submission)
-        write(run, tokenizer, submission, {"job.sbatch": script})
+        write(run, tokenizer, submission, {"job.sbatch": script, **evaluations(run, submission)})
         try:
             job = slurm.submit(script, run, submission)
         except ConfigError:
@@ -149,13 +163,14 @@ def here(run: Run, folder: Path) -> int:
     from hpc_mm.submission import frozen_tokenizer, last_submission, locked, next_submission, write
 
     local.check(run)
-    check_data(run)
+    check_data(run, folder)
     run, tokenizer = frozen_tokenizer(run, folder)
     with locked(folder) as lock:
         slurm.refuse_if_active(last_submission(folder))
         announce(run, tokenizer, folder)
         submission, port = next_submission(folder), local.free_port()
-        write(run, tokenizer, submission, local.texts(run, submission, port))
+        texts = {**local.texts(run, submission, port), **evaluations(run, submission)}
+        write(run, tokenizer, submission, texts)
         print(
             f"{run.name}: {run.nodes} nodes on this machine, strategy {run.strategy}, logs {submission.log('*')}",
             flush=True,
@@ -164,6 +179,15 @@ def here(run: Run, folder: Path) -> int:
     if code == 0:
         print(f"done: {folder}")
     return code
+
+
+def evaluations(run: Run, submission: Submission) -> dict[str, str]:
+    """What begins them while the run trains, for the submission's folder."""
+    if not run.evaluate.every:
+        return {}
+    from hpc_mm import scheduled
+
+    return scheduled.texts(run, submission)
 
 
 def announce(run: Run, tokenizer: bytes | None, folder: Path) -> None:

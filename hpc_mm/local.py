@@ -18,9 +18,11 @@ from typing import NoReturn
 from hpc_mm import attempt
 from hpc_mm.command import IGNORE_SIGNALS, Submission, accelerate_line, environment
 from hpc_mm.config import ConfigError, Run
+from hpc_mm.evaluations import Processes
 from hpc_mm.progress import Progress
 
 ADDRESS = "127.0.0.1"
+LOOK = 0.2  # seconds between two looks at nodes and evaluations
 GRACE = 60  # seconds for the end of a step and a save after SIGTERM
 LAST_LINES = 20
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a run
@@ -85,10 +87,14 @@ def train(run: Run, submission: Submission, port: int, lock: int) -> int:
     """
     attempt.clear(submission.run_folder)
     progress = Progress(run, submission.run_folder / "metrics.jsonl")
+    values = node_environments(run, submission)[0]
+    evaluations = Processes(submission.run_folder, submission.folder, tell, values)
     with _terminated_as_interrupted(), _nodes(run, submission, port, lock) as nodes:
         try:
             with progress:
-                failed = _watch(nodes, progress)
+                failed = _watch(nodes, progress, evaluations)
+            while failed is None and _finished(submission) and evaluations.update():
+                time.sleep(LOOK)
         except KeyboardInterrupt:
             print(
                 f"interrupted; the same command goes on from the newest checkpoint. Logs: {submission.folder}",
@@ -96,15 +102,23 @@ def train(run: Run, submission: Submission, port: int, lock: int) -> int:
             )
             return 1
     if failed is None:
-        ending = attempt.read(submission.run_folder).get("ending")
-        if ending in (attempt.FINISHED, None):
+        if _finished(submission):
             return 0
-        print(f"hpc_mm: {ending}, saved; the same command goes on from there", file=sys.stderr)
+        tell(f"{attempt.read(submission.run_folder)['ending']}, saved; the same command goes on from there")
         return 1
     log = submission.log(failed)
     print("\n".join(_last_words(log.read_text(errors="replace").splitlines())), file=sys.stderr)
-    print(f"hpc_mm: node {failed} failed (exit code {nodes[failed].returncode}); its log: {log}", file=sys.stderr)
+    tell(f"node {failed} failed (exit code {nodes[failed].returncode}); its log: {log}")
     return 1
+
+
+def tell(line: str) -> None:
+    print(f"hpc_mm: {line}", file=sys.stderr)
+
+
+def _finished(submission: Submission) -> bool:
+    """Whether the run, all of whose nodes have ended well, has done all its steps."""
+    return attempt.read(submission.run_folder).get("ending") in (attempt.FINISHED, None)
 
 
 def _last_words(lines: list[str]) -> list[str]:
@@ -113,17 +127,18 @@ def _last_words(lines: list[str]) -> list[str]:
     return lines[max(agent - LAST_LINES, 0) : agent] or lines[-LAST_LINES:]
 
 
-def _watch(nodes: list[subprocess.Popen[bytes]], progress: Progress) -> int | None:
+def _watch(nodes: list[subprocess.Popen[bytes]], progress: Progress, evaluations: Processes) -> int | None:
     """Wait for the end of all nodes (None), or of the first that fails (its number)."""
     while True:
         codes = [node.poll() for node in nodes]
         progress.update()
+        evaluations.update()
         for number, code in enumerate(codes):
             if code:
                 return number
         if all(code == 0 for code in codes):
             return None
-        time.sleep(0.2)
+        time.sleep(LOOK)
 
 
 @contextmanager
@@ -179,11 +194,15 @@ def _signal_group(leader: int, number: signal.Signals) -> None:
 
 
 def _running(code: Path) -> set[int]:
-    """Process groups on this machine whose Python path is this submission's code."""
+    """Process groups on this machine whose Python path begins with this submission's code.
+
+    For DeepSpeed accelerate puts the code there a second time.
+    """
     groups = set()
     for file in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if f"PYTHONPATH={code}".encode() in file.read_bytes().split(b"\0"):
+            begins = [word.partition(b":")[0] for word in file.read_bytes().split(b"\0")]
+            if f"PYTHONPATH={code}".encode() in begins:
                 groups.add(os.getpgid(int(file.parent.name)))
         except OSError:
             continue  # another user's, or it has ended since

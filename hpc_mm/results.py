@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_mm import challenge, ok_vqa
+from hpc_mm import challenge, evaluations, ok_vqa
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError, Run
 from hpc_mm.data.store import MissingKey, Store, open_store, write_changed
@@ -19,7 +19,7 @@ from hpc_mm.scoring import PERCENT, Scores, scores
 from hpc_mm.tracking import wandb_run
 from hpc_mm.trials import Planned, Trial, protocol
 
-RESULTS = "results.json"
+RESULTS = evaluations.RESULTS
 Record = dict[str, Any]
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 
+from hpc_mm.chain import one_line, outside
 from hpc_mm.command import Submission
 from hpc_mm.config import ConfigError, Run, unknown
 from hpc_mm.site import SBATCH_VARIABLES
 
 # sbatch puts these above what a script says; the run's own values and log files must win.
 DECIDED_HERE = {"SBATCH_JOB_NAME", "SBATCH_GPUS_PER_NODE", "SBATCH_OUTPUT", "SBATCH_ERROR", "SBATCH_OPEN_MODE"}
-# Of the job that a launch may be part of itself: a job must not inherit another's shape.
-INHERITED = re.compile(r"(SLURM|SLURMD|SRUN)_|(MASTER_ADDR|MASTER_PORT|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE)$")
 LEAST_MINUTES = 3  # a start, a step, and what deadline.py keeps for a save that it has not measured yet
-KEPT = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
 
 def is_here() -> bool:
@@ -28,11 +25,6 @@ def ask(*words: str) -> str:
     if answer.returncode:
         raise ConfigError(f"Slurm does not answer {' '.join(words)!r}: {one_line(answer.stderr)}")
     return answer.stdout
-
-
-def one_line(text: str) -> str:
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in text.splitlines()]
-    return "; ".join(line for line in lines if line)
 
 
 def check(run: Run, script: str) -> None:
@@ -106,9 +98,7 @@ def minutes(time: str) -> float:
 def job_environment() -> dict[str, str]:
     """What sbatch, and so the job, sees of the environment: not what is already folded into the script."""
     gone = DECIDED_HERE | set(SBATCH_VARIABLES)
-    return {
-        name: value for name, value in os.environ.items() if name in KEPT or not (name in gone or INHERITED.match(name))
-    }
+    return {name: value for name, value in outside().items() if name not in gone}
 
 
 def refuse_if_active(last: Submission | None) -> None:

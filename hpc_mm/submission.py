@@ -16,10 +16,10 @@ from hpc_mm.config import ConfigError, Run, differences, read_run
 
 # These change how a run is run, not what comes out of it.
 MAY_CHANGE = (
-    *("slurm.", "loader.", "tracking.", "nodes:", "gpus_per_node:", "strategy:"),
+    *("slurm.", "loader.", "evaluate.", "tracking.", "nodes:", "gpus_per_node:", "strategy:"),
     *("train.accumulate:", "train.log_every:", "train.save_every:", "train.keep:", "train.keep_every:"),
 )
-SNAPSHOT = ("hpc_mm", "accelerate_configs", "sbatch")  # all that a job reads of the checkout
+SNAPSHOT = ("hpc_mm", "accelerate_configs", "eval", "sbatch")  # all that a job reads of the checkout
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_mm import attempt, checkpoint
+from hpc_mm import attempt, checkpoint, evaluations
 from hpc_mm.deadline import END_TIME
 
 FRUITLESS = 2  # attempts in a row without a newer checkpoint that stop a run
@@ -130,6 +130,7 @@ class Supervisor:
         self.job = os.environ["SLURM_JOB_ID"]
         self.file = run_folder / "attempts.jsonl"
         self.child: subprocess.Popen[bytes] | None = None
+        self.evaluations = evaluations.Jobs(run_folder, Path.cwd().parent, say)
         self.terminated = self.warned = False
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGUSR2, self._on_usr2)
@@ -157,6 +158,7 @@ class Supervisor:
             self.record(found, code)
             ending, step = found.get("ending", ""), newest(self.run_folder)[0]
             if ending in CODES:
+                self.evaluations.update()  # of the last checkpoint
                 if ending != attempt.FINISHED:
                     say(f"{ending}: {found['reason']}")
                 return CODES[ending]
@@ -193,6 +195,8 @@ class Supervisor:
                 return self.child.wait(timeout=1)
             except subprocess.TimeoutExpired:
                 told += self.terminated or self.warned
+                if not told:  # else every second counts
+                    self.evaluations.update()
             if self.terminated and told == PATIENCE and job_facts(self.job).get("Reason") == "TimeLimit":
                 self.requeue()  # now: Slurm kills soon, and this supervisor too
             if told and told % AGAIN == 0:

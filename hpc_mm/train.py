@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpc_mm import attempt, checkpoint, sharding
+from hpc_mm import attempt, checkpoint, evaluations, sharding
 from hpc_mm.config import ConfigError, Run, Train, parse_arguments, read_run, unknown
 from hpc_mm.data.batch import Batch
 from hpc_mm.data.stream import make_loader
@@ -146,7 +146,8 @@ class Training:
         self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model), optimizer)
         self.objective.train()
         self.progress = self.resumed() or Progress(totals={name: dict.fromkeys(COUNTS, 0) for name in run.sources})
-        self.saver = checkpoint.Saver(self.accelerator, folder, run.train.keep, run.train.keep_every)
+        awaited = evaluations.awaited(run, folder)
+        self.saver = checkpoint.Saver(self.accelerator, folder, run.train.keep, run.train.keep_every, awaited)
         self.deadline.saved(self.progress.slowest_save)
         self.saved = self.progress.step  # of the newest checkpoint that was begun
         self.stall = 0.0  # seconds for which training has waited for the checkpoint under way

@@ -51,7 +51,7 @@ if rank == 0:
 
 def make_checkout(folder: Path) -> Path:
     """A copy of the checkout with a train.py of a user's own."""
-    for name in ("hpc_mm", "accelerate_configs", "sbatch"):
+    for name in ("hpc_mm", "accelerate_configs", "eval", "sbatch"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     write_train(folder, 1)
     return folder

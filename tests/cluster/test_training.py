@@ -1,13 +1,17 @@
 """The main job through the launcher on the real Slurm, from shards in the real Ceph: one process is what all must
 equal, whatever the nodes, the strategy, the warnings and the restarts."""
 
+import json
+import random
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import questions
+import samples
 from checkout import launch
-from jobs import ends_well, start_now, stepped, submit, wait
+from jobs import appears, ends_well, start_now, stepped, submit, wait
 from runs import SMALL, lines, losses
 
 from hpc_mm import attempt
@@ -80,3 +84,23 @@ def test_nodes_may_change_from_start_to_start(user: dict[str, str], alone: list[
     assert "resuming at step" in (run / "submissions" / "003" / "node0.log").read_text()
     for ours, expected in zip(losses(run), alone, strict=True):
         assert ours == pytest.approx(expected, rel=2e-4)
+
+
+def test_checkpoints_are_evaluated_by_jobs_of_their_own(user: dict[str, str], tmp_path: Path) -> None:
+    """Of the first such checkpoint while training goes on, of the last one after it."""
+    facts = {str(i): {"captions": [samples.sentence(random.Random(i * 5 + k)) for k in range(5)]} for i in range(9)}
+    tested, trained = ({name: facts[name] for name in facts if (int(name) < 3) == test} for test in (True, False))
+    data = questions.write_splits(tmp_path / "coco", test=tested, train=trained)
+    said = f"data={data} shots=2 query_set=6 decoding.beams=1 decoding.max_new_tokens=4 examples=0 tasks=2 gpus=0"
+    words = ["evaluate.every=2", f"evaluate.benchmarks.coco={said} slurm.cpus_per_task=1 slurm.memory=1G slurm.time=10"]
+    words += ["nodes=1", "strategy=ddp", "train.save_every=2", "train.keep=1", "train.steps=3"]
+    run, job, _ = submit(user, "evaluated", *words)
+    for step in (2, 3):
+        appears(run / f"eval/coco/step-{step}/results.json", seconds=300)
+    ends_well(run, job)
+    log = (run / f"submissions/001/job-{job}.log").read_text()
+    for step in (2, 3):
+        (found,) = json.loads((run / f"eval/coco/step-{step}/results.json").read_text())["scores"]
+        assert found["values"]["questions"]["count"] == 3
+        assert log.count(f"step {step} is evaluated by coco: jobs ") == 1
+    assert "not evaluated" not in log

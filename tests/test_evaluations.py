@@ -1,0 +1,312 @@
+"""Evaluations while a run trains: what a launch refuses, what is begun when and in which environment, a whole run."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import questions
+import samples
+from checkout import ROOT, environment, launch, make_checkout, make_store
+from runs import LOCAL, lines
+
+from hpc_mm import attempt, checkpoint, evaluations, scheduled
+from hpc_mm.command import Submission
+from hpc_mm.config import Run, with_overrides
+from hpc_mm.launch import main
+from hpc_mm.meter import Records
+from hpc_mm.recipes.toy import toy
+
+COCO = "evaluate.benchmarks.coco"
+EVERY = ["recipe=toy", "train.save_every=2", "evaluate.every=4"]
+# sbatch of a site: notes its environment and what it was given, and says the number of the job.
+SBATCH = """#!/bin/sh
+[ -e "$TEST/refuses" ] && { echo 'sbatch: error: Access/permission denied' >&2; exit 1; }
+env > "$TEST/environment"
+echo "$@" >> "$TEST/submitted"
+wc -l < "$TEST/submitted"
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Slurm of small scripts, an empty site, and a run's folder."""
+    for name, text in (("sbatch", SBATCH), ("squeue", '#!/bin/sh\ncat "$TEST/queue"\n')):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(text)
+        program.chmod(0o755)
+    for name in [name for name in os.environ if name.startswith(("SBATCH_", "HPC_MM_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment(ROOT, tmp_path, PATH=f"{tmp_path}/bin:/bin:/usr/bin", TEST=str(tmp_path)).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "queue").touch()
+    return tmp_path
+
+
+def written(here: Path, **benchmarks: str) -> Submission:
+    """A submission of a toy run of 6 steps that evaluates every 4th."""
+    values = {f"evaluate.benchmarks.{name}": words for name, words in benchmarks.items()}
+    run: Run = with_overrides(
+        toy(), {"train.save_every": "2", "train.steps": "6", "slurm.account": "lab", "evaluate.every": "4", **values}
+    )
+    submission = Submission(here / "run", 1)
+    submission.folder.mkdir(parents=True)
+    for name, text in scheduled.texts(run, submission).items():
+        (submission.folder / name).write_text(text)
+    return submission
+
+
+def saved(run_folder: Path, *steps: int) -> None:
+    for step in steps:
+        folder = checkpoint.path_of(run_folder, step)
+        folder.mkdir(parents=True)
+        (folder / checkpoint.MANIFEST).write_text("{}")
+
+
+def scored(run_folder: Path, name: str, step: int, **scores: float) -> None:
+    """Results with a score by metric."""
+    folder = evaluations.place_of(run_folder, name, step)
+    folder.mkdir(parents=True)
+    entries: list[dict[str, Any]] = [
+        {"shots": 4, "selection": "random", "metric": metric, "rules": "openflamingo", "score": score}
+        for metric, score in scores.items()
+    ]
+    more = {"low": None, "high": None, "trials": [{}], "protocol": "p"}
+    (folder / "results.json").write_text(json.dumps({"data": "d", "scores": [{**entry, **more} for entry in entries]}))
+
+
+# ---------------------------------------------------------------- launch
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate.every=3", f"{COCO}=data=coco"], "evaluate.every=3 must be a multiple of train.save_every=2"),
+        ([], "evaluate.every=4 wants a benchmark: evaluate.benchmarks.coco="),
+        (["evaluate.benchmarks.cocco=data=coco"], "'cocco': did you mean coco?"),
+        ([f"{COCO}=data=coco shotz=4"], "evaluate.benchmarks.coco='data=coco shotz=4': unknown key 'shotz'"),
+        ([f"{COCO}=data=coco step=4"], "step= is not to be given here"),
+        ([f"{COCO}=data=coco shots=many"], "shots.0='many'"),
+        ([f"{COCO}=shots=4"], "data=... is missing"),
+        ([f"{COCO}=data='coco"], "No closing quotation"),
+        ([f"{COCO}=data=coco ; rm x"], "';' is not key=value"),
+        (["cluster=local", f"{COCO}=data=coco"], "coco"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    make_store(str(here / "store"))
+    given = {word.partition("=")[0] for word in words}
+    rest = [word for word in [*EVERY, "cluster=print"] if word.partition("=")[0] not in given]
+    assert main([*rest, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("hpc_mm: ")
+    assert not (here / "runs").exists()
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def test_jobs_are_submitted_once_and_again_where_they_were_lost(here: Path) -> None:
+    submission, said = written(here, coco="data=/benchmarks/coco shots=0,4 tasks=4 gpus=0"), list[str]()
+
+    def update() -> list[str]:
+        (here / "submitted").unlink(missing_ok=True)
+        evaluations.Jobs(submission.run_folder, submission.folder, said.append).update()
+        return (here / "submitted").read_text().splitlines() if (here / "submitted").exists() else []
+
+    assert update() == []
+    saved(submission.run_folder, 2, 4)
+    logs = submission.run_folder / "eval" / "logs" / "coco-step-4"
+    assert update() == [
+        f"--parsable {logs}/plan.sbatch",
+        f"--parsable --dependency=afterok:1 --kill-on-invalid-dep=yes {logs}/answer.sbatch",
+        f"--parsable --dependency=afterok:2 --kill-on-invalid-dep=yes {logs}/collect.sbatch",
+    ]
+    assert said == [f"step 4 is evaluated by coco: jobs 1 2 3, logs {logs}"]
+    text = (logs / "answer.sbatch").read_text()
+    assert "--job-name=toy-coco-step-4-answer" in text and "--array=0-3" in text and "--account=lab" in text
+    assert f"cd {submission.code} " in text and "gpus-per-node" not in text
+    place = evaluations.place_of(submission.run_folder, "coco", 4)
+    for word in (f"checkpoint={submission.run_folder}", "step=4", f"out={place}", "shots=0,4", "stage=answer"):
+        assert f" {word}" in text
+    (here / "queue").write_text("toy\ntoy-coco-step-4-answer\n")  # Slurm requeued the job that trains
+    assert update() == []
+    (here / "queue").write_text("toy-coco-step-40-answer\n")
+    assert len(update()) == 3
+    saved(submission.run_folder, 6)
+    scored(submission.run_folder, "coco", 4, cider=1.0)
+    assert len(update()) == 3  # of the last step
+    scored(submission.run_folder, "coco", 6, cider=1.0)
+    assert update() == []
+
+
+def test_a_job_of_evaluation_knows_nothing_of_the_job_that_trains(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_training = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "8", "SRUN_CPUS_PER_TASK": "4", "SLURM_MEM_PER_NODE": "9"}
+    of_training |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1", "RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}
+    of_training |= {"OMP_NUM_THREADS": "1", "PET_SIGNALS_TO_HANDLE": "SIGINT", "TORCHELASTIC_RUN_ID": "x"}
+    of_training |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    for name, value in {**of_training, "SLURM_CONF": "/conf", "AWS_PROFILE": "mine"}.items():
+        monkeypatch.setenv(name, value)
+    submission = written(here, coco="data=/benchmarks/coco")
+    saved(submission.run_folder, 4)
+    evaluations.Jobs(submission.run_folder, submission.folder, print).update()
+    found = dict(line.split("=", 1) for line in (here / "environment").read_text().splitlines() if "=" in line)
+    assert not of_training.keys() & found.keys()
+    assert found["SLURM_CONF"] == "/conf" and found["AWS_PROFILE"] == "mine" and found["HPC_MM_RUNS"]
+
+
+def test_a_refused_evaluation_is_a_line_and_no_more(here: Path) -> None:
+    submission, said = written(here, coco="data=/benchmarks/coco"), list[str]()
+    saved(submission.run_folder, 4, 6)
+    (here / "refuses").touch()
+    jobs = evaluations.Jobs(submission.run_folder, submission.folder, said.append)
+    jobs.update()
+    jobs.update()
+    assert [line.partition(": ")[0] for line in said] == [f"step {step} is not evaluated by coco" for step in (4, 6)]
+    assert said[0].endswith("Access/permission denied")
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_processes_follow_one_another_and_may_fail(here: Path) -> None:
+    """In low priority, in the snapshot; what is done is not done again."""
+    submission, said = written(here, coco="data=/x", vqav2="data=/x"), list[str]()
+    submission.code.mkdir()
+    file = submission.folder / evaluations.FILE
+    plan = json.loads(file.read_text())
+    code = "import os, sys; print(os.nice(0), os.getcwd(), *sys.argv[1:]); sys.exit(sys.argv[1])"
+    plan["benchmarks"]["coco"]["command"] = [
+        sys.executable,
+        "-c",
+        code.replace("argv[1])", "argv[1] == '4')"),
+        "@STEP@",
+    ]
+    plan["benchmarks"]["vqav2"]["command"] = ["/none"]
+    file.write_text(json.dumps(plan))
+    saved(submission.run_folder, 2, 4, 6)
+    scored(submission.run_folder, "vqav2", 6, vqa=1.0)
+    begun = evaluations.Processes(submission.run_folder, submission.folder, said.append, {})
+    while begun.update():
+        time.sleep(0.01)
+    logs = submission.run_folder / "eval" / "logs"
+    for step in (4, 6):
+        assert (logs / f"coco-step-{step}.log").read_text() == f"19 {submission.code} {step}\n"
+    assert [line.partition(":")[0] for line in said] == [
+        "evaluating step 4 by coco failed (exit code 1)",
+        "evaluating step 4 by vqav2 failed (exit code 127)",
+    ]
+    assert f"19 {submission.code} 4; its log" in said[0] and "/none" in said[1]
+    assert not (logs / "vqav2-step-6.log").exists()
+
+
+# ---------------------------------------------------------------- checkpoints and metrics
+
+
+def test_a_checkpoint_stays_until_its_scores_are_there(here: Path) -> None:
+    run: Run = with_overrides(
+        toy(), {"train.save_every": "2", "evaluate.every": "4", COCO: "data=x", "evaluate.benchmarks.vqav2": "data=x"}
+    )
+    saved(here, *range(2, 14, 2))
+    scored(here, "coco", 4, cider=1.0)
+    scored(here, "coco", 8, cider=1.0)
+    scored(here, "vqav2", 8, vqa=1.0)
+    checkpoint.prune(here, keep=1, awaited=evaluations.awaited(run, here))
+    assert [checkpoint.step_of(path) for path in checkpoint.finished(here)] == [4, 12]
+    scored(here, "vqav2", 4, vqa=1.0)
+    checkpoint.prune(here, keep=1, awaited=evaluations.awaited(run, here))
+    assert [checkpoint.step_of(path) for path in checkpoint.finished(here)] == [12]
+
+
+def test_a_line_of_metrics_has_each_score_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = {"loss": 2.5, "lr": 1e-3, "samples_per_s": 3.0, "data_wait": 0.5}
+
+    def told(records: Records, step: int) -> dict[str, float]:
+        records.write({"step": step, **values})
+        return {name: value for name, value in lines(tmp_path)[-1].items() if name.startswith("eval/")}
+
+    records = Records(toy(), tmp_path)
+    assert told(records, 1) == {}
+    scored(tmp_path, "coco", 2, cider=20.5)
+    scored(tmp_path, "coco", 4, cider=30.5)
+    assert told(records, 5) == {"eval/step": 2, "eval/coco/4shot/cider": 20.5}
+    scored(tmp_path, "vqav2", 2, **{"vqa-accuracy": 40.0})
+    assert told(records, 6) == {"eval/step": 2, "eval/vqav2/4shot/vqa-accuracy": 40.0}
+    assert told(records, 7) == {"eval/step": 4, "eval/coco/4shot/cider": 30.5}
+    assert told(records, 8) == {}
+    again = Records(toy(), tmp_path)
+    again.cut(6)  # the line with the scores of step 4 is gone
+    assert told(again, 7) == {"eval/step": 4, "eval/coco/4shot/cider": 30.5}
+    assert told(again, 8) == {}
+    evaluations.place_of(tmp_path, "vqav2", 2).joinpath("results.json").write_text("{")
+    assert told(again, 9) == {} and "damaged" in caplog.text
+
+
+# ---------------------------------------------------------------- whole runs
+
+# In place of evaluating: it takes for ever while there is a file, else there are results at once.
+ANSWER = """
+    import os, pathlib, time
+    values = dict(word.split("=", 1) for word in sys.argv[1:])
+    print("process", os.getpid(), flush=True)
+    while pathlib.Path(os.environ["TEST_SLOW"]).exists():
+        time.sleep(0.05)
+    (folder := pathlib.Path(values["out"])).mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+"""
+
+
+def test_what_ends_with_the_run_is_begun_again_with_it_and_once(tmp_path: Path) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
+    make_store(str(tmp_path / "store"))
+    script = checkout / "eval" / "coco.py"
+    script.write_text(script.read_text().replace("\n    sys.exit(main(BENCHMARK))\n", ANSWER))
+    data = questions.write_splits(tmp_path / "coco", test=captions(range(1)), train=captions(range(1, 2)))
+    words = ["recipe=toy", "cluster=local", "nodes=1", "train.save_every=1", "evaluate.every=1", f"{COCO}=data={data}"]
+    values = environment(checkout, tmp_path, TEST_SLOW=str(tmp_path / "slow"))
+    (tmp_path / "slow").touch()
+    command = [sys.executable, "-m", "hpc_mm.launch", *words]
+    first = subprocess.Popen(command, env={**values, "TEST_SLEEP": "300"}, cwd="/", stdout=subprocess.DEVNULL)
+    run = tmp_path / "runs" / "toy"
+    log = run / "eval" / "logs" / "coco-step-1.log"
+    while not log.exists() or not log.read_text():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.terminate()
+    assert first.wait() == 1
+    assert attempt.read(run)["ending"] == attempt.ENDED
+    assert not Path(f"/proc/{log.read_text().split()[-1]}").exists()
+    (tmp_path / "slow").unlink()
+    result = launch(values, *words)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(log.read_text().splitlines()) == 2, "begun twice: lost, and well"
+    assert not evaluations.Processes(run, run / "submissions" / "002", print, {}).update()
+    assert [path.name for path in (run / "eval" / "coco").iterdir()] == ["step-1"]
+
+
+def test_a_local_run_is_evaluated_while_it_trains(shapes: Path, tmp_path: Path) -> None:
+    data = questions.write_splits(tmp_path / "coco", test=captions(range(3)), train=captions(range(3, 9)))
+    words = f"data={data} shots=2 query_set=6 decoding.beams=1 decoding.max_new_tokens=4 examples=0"
+    values = environment(ROOT, tmp_path, HPC_MM_STORE=str(shapes))
+    command = [*LOCAL, "nodes=1", "strategy=ddp", "train.steps=2", "train.save_every=1", "train.keep=1"]
+    command = [*(word for word in command if word != "train.steps=6"), "evaluate.every=2", f"{COCO}={words}"]
+    result = launch(values, *command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    run = tmp_path / "runs" / "toy"
+    found = json.loads((run / "eval/coco/step-2/results.json").read_text())
+    assert (found["benchmark"], found["step"], found["questions"]) == ("coco", "2", 3)
+    assert not (run / "eval/coco/step-1").exists()
+    assert not evaluations.Processes(run, run / "submissions/001", print, {}).plan.due()
+
+
+def captions(numbers: range) -> dict[str, dict[str, Any]]:
+    return {str(i): {"captions": [samples.sentence(random.Random(i * 5 + k)) for k in range(5)]} for i in numbers}
