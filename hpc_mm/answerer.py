@@ -60,7 +60,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Running:
-    """How a model answers; nothing of it changes an answer but ``precision``."""
+    """How a model answers. ``precision`` changes answers, in bf16 ``batch`` does too, and the rest does not."""
 
     precision: Literal["bf16", "fp32"]
     batch: int  # prompts at once
@@ -73,7 +73,7 @@ def find(folder: str, step: str) -> Weights:
     path = Path(folder).expanduser().absolute()
     run = read_run(path)
     if any(path.glob(EXPORTED)):
-        if step != checkpoint.LATEST:
+        if step not in (checkpoint.LATEST, EXPORT):
             raise ConfigError(f"step={step}: {path} holds exported weights of one step; leave it out")
         values = {"model.weights": str(path)}
         if (path / "tokenizer.json").exists():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_mm.answerer import Answerer
 from hpc_mm.benchmark import Benchmark, Question, read_image
@@ -15,7 +16,7 @@ from hpc_mm.config import ConfigError
 from hpc_mm.data.schema import Sample
 from hpc_mm.data.shards import BrokenShard, ShardReader
 from hpc_mm.data.store import open_store
-from hpc_mm.demonstrations import QuerySet, Similar, prompt
+from hpc_mm.demonstrations import QuerySet, Similar, prompt, shown
 from hpc_mm.predictions import Row, write_part
 from hpc_mm.similarity import Encoder
 from hpc_mm.trials import Planned, Trial
@@ -38,7 +39,8 @@ def ask(
 ) -> None:
     """Put parts of trials to the model and write its answers, a part at a time. The next part's images are read
     meanwhile."""
-    prompts = Prompts(benchmark, planned, data, encoder)
+    asked = [question for trial, part in todo for question in part_of(planned, trial, part)]
+    prompts = Prompts(benchmark, planned, data, encoder, asked)
     with ThreadPoolExecutor(1, "ahead") as ahead:
         waiting = ahead.submit(prompts.of, *todo[0])
         for number, (trial, part) in enumerate(todo):
@@ -68,16 +70,18 @@ def rows_of(model: Answerer, benchmark: Benchmark, prompts: Sequence[Sample]) ->
 class Prompts:
     """Prompts of parts, with images read from the shards."""
 
-    def __init__(self, benchmark: Benchmark, planned: Planned, data: str, encoder: Encoder) -> None:
-        self.benchmark, self.planned = benchmark, planned
+    def __init__(
+        self, benchmark: Benchmark, planned: Planned, data: str, encoder: Encoder, asked: Sequence[Question]
+    ) -> None:
+        """``asked``: all questions that come, since what is similar to them is found at once."""
+        self.benchmark, self.planned, self.asked = benchmark, planned, asked
         self.store, self.encoder = open_store(data), encoder
         self.read = lru_cache(IMAGES)(reader(data))
         self.similar = Similar(planned.pool)
         self.chosen: dict[Trial, Chosen] = {}
 
     def of(self, trial: Trial, part: int) -> list[Sample]:
-        size = self.planned.plans[trial].size
-        asked = self.planned.questions[part * size : (part + 1) * size]
+        asked = part_of(self.planned, trial, part)
         shots = self.demonstrations(trial, asked)
         wanted = {
             one.image_key: one
@@ -104,8 +108,18 @@ class Prompts:
         return lambda asked: [queries.shots(question, trial.shots) for question in asked]
 
     def _similar(self, asked: Sequence[Question], shots: int) -> list[list[Question]]:
-        nearest = self.similar.nearest(asked, shots, self.store, self.encoder)
-        return [self.similar.shots(question, shots, nearest[question.image_key]) for question in asked]
+        return [self.similar.shots(question, shots, self.nearest[question.image_key]) for question in asked]
+
+    @cached_property
+    def nearest(self) -> dict[str, NDArray[np.int64]]:
+        """Rows of the pool's images for every image that is asked about, enough for any trial."""
+        most = max(shown(shots) for shots in self.planned.choice.shots)
+        return self.similar.nearest(self.asked, most, self.store, self.encoder)
+
+
+def part_of(planned: Planned, trial: Trial, part: int) -> list[Question]:
+    size = planned.plans[trial].size
+    return planned.questions[part * size : (part + 1) * size]
 
 
 def reader(data: str) -> Callable[[Question], bytes]:

@@ -5,7 +5,6 @@ Scores of one protocol are compared question by question; those of unlike protoc
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,36 +54,35 @@ def compare(options: Compare) -> list[Compared]:
         raise ConfigError(f"nothing in common: {one.address} has {told(before)}; {other.address} has {told(after)}")
     compared = []
     for key in common:
-        refuse_unlike(read_protocol(before[key]["values"]), read_protocol(after[key]["values"]))
-        difference = paired_bootstrap(PERCENT * each_of(one, before[key]), PERCENT * each_of(other, after[key]))
-        compared.append(Compared(before[key], after[key], difference))
+        first, second = alike(before[key], after[key])
+        refuse_unlike(read_protocol(first["values"]), read_protocol(second["values"]))
+        difference = paired_bootstrap(PERCENT * each_of(one, first), PERCENT * each_of(other, second))
+        compared.append(Compared(first, second, difference))
     return compared
 
 
-def told(entries: Mapping[Key, Record]) -> str:
+def told(entries: Mapping[Key, object]) -> str:
     return ", ".join(f"{shots} shots ({selection})" for shots, selection in entries) or "no such score"
 
 
-def entries(store: Store, options: Compare) -> dict[Key, Record]:
-    """Scores by these rules, by shots and selection. ConfigError where several are of the same."""
-    found: dict[Key, Record] = {}
-    for entry in results.read(store)["scores"]:
-        key = entry["shots"], entry["selection"]
-        if entry["rules"] != options.rules or (options.shots and entry["shots"] not in options.shots):
-            continue
-        if key in found:
-            both = f"{found[key]['protocol']} and {entry['protocol']}"
-            raise ConfigError(f"{store.address} has two scores of {key[0]} shots: {both}; use an out for each")
-        found[key] = entry
+def entries(store: Store, options: Compare) -> dict[Key, list[Record]]:
+    """Scores by these rules, by shots and selection, those of most trials first."""
+    found: dict[Key, list[Record]] = {}
+    for entry in sorted(results.read(store)["scores"], key=lambda entry: -len(entry["trials"])):
+        if entry["rules"] == options.rules and (not options.shots or entry["shots"] in options.shots):
+            found.setdefault((entry["shots"], entry["selection"]), []).append(entry)
     return found
+
+
+def alike(before: Sequence[Record], after: Sequence[Record]) -> tuple[Record, Record]:
+    """Two of one protocol; where there are none, those of most trials."""
+    pairs = ((one, other) for one in before for other in after if one["values"] == other["values"])
+    return next(pairs, (before[0], after[0]))
 
 
 def each_of(store: Store, entry: Record) -> NDArray[np.float64]:
     """Every question's score, in the order of questions, its mean over the trials."""
-    trials = []
-    for trial in entry["trials"]:
-        lines = store.read(trial["file"]).decode().splitlines()
-        trials.append([json.loads(line)["score"] for line in lines])
+    trials = [[row["score"] for row in results.read_rows(store, trial["file"])] for trial in entry["trials"]]
     return np.asarray(np.mean(trials, axis=0))
 
 

@@ -96,7 +96,6 @@ class Similar:
         for question in answered(pool):
             self.of_image.setdefault(question.image_key, []).append(question)
         self.images = list(self.of_image)  # row i of the features is of image i
-        self._features: NDArray[np.float32] | None = None  # read once
 
     def check(self, shots: int) -> None:
         """ConfigError where not every prompt can show as many as it should. Before any work is planned."""
@@ -113,12 +112,10 @@ class Similar:
         asked = {question.image_key: (question.shard, question.sample) for question in questions}
         if not asked:
             return {}
-        if self._features is None:
-            images = [(some[0].shard, some[0].sample) for some in self.of_image.values()]
-            self._features = read_features(store, encoder, images)
-        queries = read_features(store, encoder, list(asked.values()))
-        count = min(shown(shots) + 1, len(self.images))
-        return dict(zip(asked, most_similar(self._features, queries, count), strict=True))
+        images = [(some[0].shard, some[0].sample) for some in self.of_image.values()]
+        features = read_features(store, encoder, [*images, *asked.values()])
+        count = min(shown(shots) + 1, len(images))
+        return dict(zip(asked, most_similar(features[: len(images)], features[len(images) :], count), strict=True))
 
     def shots(self, question: Question, shots: int, nearest: Sequence[int] | NDArray[np.int64]) -> list[Question]:
         """``nearest``: by ``most_similar``, one image more than demonstrations, since one may be its own (or all)."""

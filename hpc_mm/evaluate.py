@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from hpc_mm import answerer, results, trials
 from hpc_mm.benchmark import Benchmark, Decoding, questions, shards_of
 from hpc_mm.checkpoint import LATEST
-from hpc_mm.config import ConfigError, Part, Positive, Slurm, read_run
+from hpc_mm.config import ConfigError, Part, Positive, Run, Slurm, read_run
 from hpc_mm.data.shards import read_manifest
 from hpc_mm.data.store import MissingKey, StoreDown, StoreError, open_store, whole
 from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
@@ -64,7 +64,7 @@ class Evaluation(Part):
     cluster: Literal["auto", "slurm", "local", "print"] = Field("auto", description="auto = Slurm where sbatch is")
     watch: bool = Field(False, description="show how far it is, and scores so far, until all is done")
     gpus: int = Field(1, ge=0, le=1, description="GPUs of a job; 0 = it runs on CPUs")
-    name: str = Field("", description="of the Slurm jobs; empty = run and benchmark")
+    name: str = Field("", description="of the Slurm jobs; empty = run, benchmark and step")
     slurm: Slurm = Field(Slurm(), description="what sbatch is told")
 
     @field_validator("shots", "seeds", "rules")
@@ -125,6 +125,8 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values:
     except (ConfigError, StoreError, MissingKey, StoreDown, OSError) as error:  # OSError: of disks
         print(str(error) or repr(error), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the way to leave watching, too
+        return 128 + signal.SIGINT
 
 
 def located(options: Evaluation, benchmark: Benchmark) -> Evaluation:
@@ -154,8 +156,7 @@ def plan(options: Evaluation, benchmark: Benchmark) -> Planned:
     trials.check(benchmark, planned)
     if OPENFLAMINGO.name in options.rules:
         results.check_tools(benchmark)
-    work = {"weights": weights.digest, "data": options.data, "precision": precision_of(options, weights.run.precision)}
-    trials.save(planned, benchmark, work, options.part)
+    trials.save(planned, benchmark, work_of(options, weights), options.part)
     parts = sum(plan.parts for plan in planned.plans.values())
     print(
         f"{benchmark.name} {benchmark.split}: {len(planned.questions)} questions x {len(planned.plans)} trials in "
@@ -164,8 +165,15 @@ def plan(options: Evaluation, benchmark: Benchmark) -> Planned:
     return planned
 
 
-def precision_of(options: Evaluation, trained: str) -> str:
-    return trained if options.precision == "run" else options.precision
+def work_of(options: Evaluation, weights: answerer.Weights) -> dict[str, Any]:
+    """What decides predictions beside the protocol. In bf16 rounding depends on the prompts of a batch, and shows."""
+    precision = precision_of(options, weights.run)
+    batch = {"batch": options.batch} if precision == "bf16" else {}
+    return {"step": weights.step, "weights": weights.digest, "data": options.data, "precision": precision, **batch}
+
+
+def precision_of(options: Evaluation, trained: Run) -> Literal["bf16", "fp32"]:
+    return trained.precision if options.precision == "run" else options.precision
 
 
 def answer(options: Evaluation, benchmark: Benchmark) -> None:
@@ -178,10 +186,10 @@ def answer(options: Evaluation, benchmark: Benchmark) -> None:
         return
     from hpc_mm.asking import ask
 
-    weights = answerer.find(options.checkpoint, options.step)
-    precision: Literal["bf16", "fp32"] = "bf16" if precision_of(options, weights.run.precision) == "bf16" else "fp32"
+    weights = answerer.find(options.checkpoint, planned.step if options.step == LATEST else options.step)
+    trials.refuse_other(planned, benchmark, work_of(options, weights))
     device = answerer.device_of(options.task or 0)
-    running = answerer.Running(precision, options.batch, options.keep_mb * 2**20, device)
+    running = answerer.Running(precision_of(options, weights.run), options.batch, options.keep_mb * 2**20, device)
     ask(answerer.load(weights, running), benchmark, planned, todo, options.data, options.rices)
 
 
@@ -213,14 +221,16 @@ def collect(options: Evaluation, benchmark: Benchmark) -> None:
     """Merge the parts of every trial, score them, and write results and page."""
     planned = trials.read(options.out, options.choice)
     benchmark = trials.with_classes(benchmark, planned.pool)
-    origin = results.Origin(options.data, options.checkpoint, options.step)
+    step = planned.step if options.step == LATEST else options.step
+    trials.refuse_other(planned, benchmark, {"step": step, "data": options.data})
+    origin = results.Origin(options.data, options.checkpoint, step)
     if not results.collect(planned, benchmark, options.rules, origin):
         return
-    results.track(read_run(Path(options.checkpoint)), benchmark, planned, origin)
     if options.examples:
         from hpc_mm.showcase import write_page
 
         print(write_page(planned, benchmark, options.rules[0], options.data, options.rices, options.examples))
+    results.track(read_run(Path(options.checkpoint)), benchmark, planned, origin)
 
 
 def run_stage(stage: str, options: Evaluation, benchmark: Benchmark) -> None:
@@ -240,7 +250,7 @@ def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
             Stage(stage, options.tasks, options.gpus) if stage in SHARED else Stage(stage) for stage in options.stages
         ]
         places = [options.checkpoint, options.data, options.out]
-        name = options.name or f"{Path(options.checkpoint).name}-{benchmark.name}"
+        name = options.name or f"{Path(options.checkpoint).name}-{benchmark.name}-step-{options.step}"
         work = Work(name, f"eval-{name}", stages, STAGES[1:], again, places, SNAPSHOT, options.slurm)
         queue(work, options.cluster)
         return 0

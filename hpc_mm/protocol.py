@@ -18,7 +18,7 @@ RANDOM, RICES = "random", "rices"
 
 
 class Questions(Part):
-    """Which questions: a split, how many of it, and a digest of their ids in order."""
+    """Which questions: a split, how many of it, and a digest of them in order."""
 
     split: Name
     count: Positive
@@ -26,7 +26,7 @@ class Questions(Part):
 
     @classmethod
     def of(cls, split: str, questions: Sequence[Question]) -> Questions:
-        return cls(split=split, count=len(questions), digest=digest(question.id for question in questions))
+        return cls(split=split, count=len(questions), digest=digest_of(questions))
 
     def __str__(self) -> str:
         return f"{self.split}-{self.count}@{self.digest[:SHOWN]}"
@@ -98,6 +98,11 @@ class Protocol(Part):
             return f"meanlogprob@{(self.classes or '')[:SHOWN]}"
         penalty = f"-lp{self.decoding.length_penalty}" if self.decoding.length_penalty else ""
         return f"beam{self.decoding.beams}-{self.decoding.max_new_tokens}tok{penalty}"
+
+
+def digest_of(questions: Sequence[Question]) -> str:
+    """Of ids, images, texts and references, in order: the same wherever and however often they are prepared."""
+    return digest(text for one in questions for text in (one.id, one.image, one.text, *one.references, ""))
 
 
 def protocol_of(

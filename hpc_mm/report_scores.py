@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from hpc_mm.data.store import MissingKey, StoreError, open_store
 from hpc_mm.gallery import interval, thumbnail
 from hpc_mm.page import picture
 from hpc_mm.protocol import RICES
+from hpc_mm.results import read_rows
 from hpc_mm.rules import OPENFLAMINGO
 from hpc_mm.run_scores import Record, RunScore
 from hpc_mm.trials import QUESTIONS, read_questions, some_of
@@ -202,12 +202,8 @@ def shown(series: Sequence[Series]) -> Series:
 
 def answers(evaluation: RunScore, entry: Record) -> dict[str, str]:
     """What the model said in the first trial, by question."""
-    file = entry["trials"][0]["file"]
-    text = open_store(str(evaluation.folder)).read(file).decode()
-    try:
-        return {row["id"]: row["text"].strip() for row in map(json.loads, text.splitlines())}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{evaluation.folder / file} is damaged ({error}): stage=collect writes it again") from None
+    rows = read_rows(open_store(str(evaluation.folder)), entry["trials"][0]["file"])
+    return {row["id"]: row["text"].strip() for row in rows}
 
 
 def read_images(address: str, asked: Sequence[Question]) -> dict[str, bytes]:

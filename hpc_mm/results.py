@@ -120,8 +120,23 @@ def read(store: Store) -> Record:
     except MissingKey:
         raise ConfigError(f"{store.address} holds no {RESULTS}: stage=collect writes it") from None
     except ValueError as error:
-        raise ConfigError(f"{store.address}/{RESULTS} is damaged ({error}): stage=collect writes it again") from None
+        raise ConfigError(damaged(store, error)) from None
+    if not isinstance(values, dict) or "scores" not in values:
+        raise ConfigError(damaged(store, "no scores"))
     return values
+
+
+def read_rows(store: Store, file: str) -> list[Record]:
+    """A line of every question: id, text, score. ConfigError where they are not whole."""
+    try:
+        rows = [json.loads(line) for line in store.read(file).splitlines()]
+        return [{"id": row["id"], "text": row["text"], **row, "score": float(row["score"])} for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{store.address}/{file} is damaged ({error!r}): stage=collect writes it again") from None
+
+
+def damaged(store: Store, why: object) -> str:
+    return f"{store.address}/{RESULTS} is damaged ({why}): remove it, and stage=collect writes it again"
 
 
 def track(run: Run, benchmark: Benchmark, planned: Planned, origin: Origin) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,11 +23,11 @@ def write_page(planned: Planned, benchmark: Benchmark, rules: str, data: str, en
     store = open_store(planned.address)
     values = results.read(store)
     asked = some_of(planned.questions, min(count, len(planned.questions)))
-    prompts = Prompts(benchmark, planned, data, encoder)
+    prompts = Prompts(benchmark, planned, data, encoder, asked)
     examples: list[Example] = []
     wanted: dict[str, Question] = {}
     for trial in planned.plans:
-        rows = read_rows(planned, trial, rules)
+        rows = {row["id"]: row for row in results.read_rows(planned.store(trial), f"{rules}.jsonl")}
         shots = prompts.demonstrations(trial, asked)
         for question, others in zip(asked, shots, strict=True):
             examples.append(example(question, others, rows[question.id], trial))
@@ -39,11 +38,6 @@ def write_page(planned: Planned, benchmark: Benchmark, rules: str, data: str, en
     title = f"{values['benchmark']}: {values['checkpoint']}, step {values['step']}"
     write_changed(store, PAGE, gallery.page(title, values["scores"], examples, images).encode())
     return f"{store.address}/{PAGE}"
-
-
-def read_rows(planned: Planned, trial: Trial, rules: str) -> dict[str, dict[str, Any]]:
-    lines = planned.store(trial).read(f"{rules}.jsonl").decode().splitlines()
-    return {row["id"]: row for row in map(json.loads, lines)}
 
 
 def example(question: Question, others: Iterable[Question], row: dict[str, Any], trial: Trial) -> Example:

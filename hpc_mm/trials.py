@@ -12,12 +12,13 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from hpc_mm.benchmark import Benchmark, Question, digest
+from hpc_mm.benchmark import Benchmark, Question
 from hpc_mm.config import ConfigError
-from hpc_mm.data.store import MissingKey, Store, open_store
+from hpc_mm.data.parts import changes
+from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
 from hpc_mm.demonstrations import QuerySet, Similar
-from hpc_mm.predictions import Plan, read_plan, save_plan
-from hpc_mm.protocol import RICES, Demonstrations, Protocol, Questions, Scoring, protocol_of
+from hpc_mm.predictions import Plan, as_read, read_plan, save_plan
+from hpc_mm.protocol import RICES, Demonstrations, Protocol, Questions, Scoring, digest_of, protocol_of
 from hpc_mm.rules import OPENFLAMINGO, VERSION
 
 QUESTIONS, POOL = "questions.jsonl", "pool.jsonl"
@@ -68,17 +69,26 @@ class Planned:
         return tuple(question.id for question in self.questions)
 
     @cached_property
+    def by_id(self) -> dict[str, Question]:
+        return {question.id: question for question in self.questions}
+
+    @cached_property
     def asked(self) -> str:
-        """Digest of the questions' ids."""
-        return digest(self.ids)
+        """Digest of the questions."""
+        return digest_of(self.questions)
 
     @cached_property
     def shown(self) -> str:
-        """Digest of the pool's ids."""
-        return digest(question.id for question in self.pool)
+        """Digest of the pool."""
+        return digest_of(self.pool)
+
+    @property
+    def step(self) -> str:
+        """Of the checkpoint that answers."""
+        return str(next(iter(self.plans.values())).work["step"])
 
     def store(self, trial: Trial) -> Store:
-        return open_store(f"{self.address}/{trial.name}", make=True)
+        return open_store(f"{self.address}/{trial.name}")
 
 
 def protocol(benchmark: Benchmark, planned: Planned, trials: Sequence[Trial], rules: str) -> Protocol:
@@ -146,29 +156,46 @@ def save(planned: Planned, benchmark: Benchmark, work: dict[str, Any], size: int
     for name, kept in ((QUESTIONS, planned.questions), (POOL, planned.pool)):
         keep(store, name, kept)
     for trial in planned.choice.trials:
-        values = protocol(benchmark, planned, [trial], OPENFLAMINGO.name).model_dump(mode="json", exclude={"scoring"})
-        planned.plans[trial] = Plan({**work, "protocol": values}, planned.ids, size)
-        save_plan(planned.store(trial), planned.plans[trial])
+        values = {**work, "protocol": unscored(benchmark, planned, trial)}
+        planned.plans[trial] = Plan(values, planned.ids, size)
+        save_plan(open_store(f"{planned.address}/{trial.name}", make=True), planned.plans[trial])
     return planned
+
+
+def unscored(benchmark: Benchmark, planned: Planned, trial: Trial) -> dict[str, Any]:
+    """The protocol of a trial's predictions."""
+    return protocol(benchmark, planned, [trial], OPENFLAMINGO.name).model_dump(mode="json", exclude={"scoring"})
+
+
+def refuse_other(planned: Planned, benchmark: Benchmark, work: dict[str, Any]) -> None:
+    """ConfigError where this command says otherwise than the plan does. ``work``: as much of it as is known."""
+    for trial, plan in planned.plans.items():
+        now = {**plan.work, **work, "protocol": unscored(benchmark, planned, trial)}
+        found = changes(as_read(plan.work), as_read(now))
+        if found:
+            raise ConfigError(f"{planned.address}/{trial.name} was planned otherwise: {'; '.join(found)}")
 
 
 def keep(store: Store, name: str, questions: Sequence[Question]) -> None:
     data = "".join(line(question) for question in questions).encode()
     try:
         if store.read(name) != data:
-            raise ConfigError(f"{store.address}/{name} holds other questions than are asked for now: use another out")
+            raise ConfigError(
+                f"{store.address}/{name} holds other questions than are asked for now: use another out, or "
+                f"remove {store.address}"
+            )
     except MissingKey:
         store.write(name, data)
 
 
 def read(address: str, choice: Choice) -> Planned:
     """What was planned. ConfigError where one of the trials was not."""
-    store = open_store(address, make=True)
+    store = open_store(address)
     try:
         planned = Planned(address, choice, read_questions(store, QUESTIONS), read_questions(store, POOL), {})
         for trial in choice.trials:
             planned.plans[trial] = read_plan(planned.store(trial))
-    except MissingKey as missing:
+    except (MissingKey, StoreError) as missing:
         raise ConfigError(f"{address}: not all is planned there ({missing}); stage=plan comes first") from None
     for trial, plan in planned.plans.items():
         if plan.ids != planned.ids:

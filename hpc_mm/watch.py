@@ -17,6 +17,7 @@ from hpc_mm.scoring import scores
 from hpc_mm.trials import Planned, Trial
 
 EVERY = 5.0  # seconds between looks
+SHARE = 4  # times as long as a look takes is waited for the next
 
 
 @dataclass
@@ -36,8 +37,7 @@ class Watched:
 
     def _scored(self, planned: Planned, benchmark: Benchmark, rules: str) -> Interval | None:
         rows = [row for part in self.done.values() for row in part.rows]
-        by_id = {question.id: question for question in planned.questions}
-        asked = [by_id[row["id"]] for row in rows]
+        asked = [planned.by_id[row["id"]] for row in rows]
         if not all(question.references for question in asked):
             return None
         try:
@@ -53,6 +53,7 @@ def watch(planned: Planned, benchmark: Benchmark, rules: Sequence[str], every: f
     console = Console()
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
+            began = time.monotonic()
             states = [one.look(planned, benchmark, rules[0]) for one in trials]
             table = shown(trials, states, f"{benchmark.metric}, {rules[0]}")
             if console.is_terminal:
@@ -61,7 +62,7 @@ def watch(planned: Planned, benchmark: Benchmark, rules: Sequence[str], every: f
                 print(line(trials, states), flush=True)
             if all(found.questions == found.total for found in states):
                 break
-            time.sleep(every)
+            time.sleep(max(every, SHARE * (time.monotonic() - began)))
     if not console.is_terminal:
         console.print(table)
     return 0
@@ -88,8 +89,18 @@ def line(trials: Sequence[Watched], states: Sequence[State]) -> str:
     for one in trials:
         if one.score is not None:
             words.append(f"{one.trial.name} {one.score.mean:.2f} ({one.score.low:.2f} to {one.score.high:.2f})")
-    left = [found.left for found in states if found.left is not None]
-    return "  ".join([*words, *([f"{clock(sum(left))} left"] if left and done < total else [])])
+    left = time_left(trials, done, total)
+    return "  ".join([*words, *([f"{clock(left)} left"] if left and done < total else [])])
+
+
+def time_left(trials: Sequence[Watched], done: int, total: int) -> float | None:
+    """Seconds for all trials, which tasks go through one after the other; pauses without any task do not count."""
+    parts = sorted((part.began, part.ended) for one in trials for part in one.done.values())
+    busy, until = 0.0, 0.0
+    for began, ended in parts:
+        busy += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return (total - done) * busy / done if done else None
 
 
 def clock(seconds: float | None) -> str:

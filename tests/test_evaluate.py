@@ -335,6 +335,34 @@ def test_other_values_need_another_folder(
     assert run(VQA, run_folder, data, tmp_path, "stage=plan", "batch=3", "tasks=9") == 0
 
 
+OTHERWISE = [
+    ("answer", ["step=0"], "step: 7 -> 0; weights: "),
+    ("answer", ["decoding.beams=2"], "protocol.decoding.beams: 3 -> 2"),
+    ("answer", ["query_set=9"], "protocol.demonstrations.query_set: 2048 -> 9"),
+    ("answer", ["precision=fp32"], "precision: bf16 -> fp32"),
+    ("answer", ["batch=3"], "batch: 32 -> 3"),
+    ("collect", ["decoding.beams=2"], "protocol.decoding.beams: 3 -> 2"),
+    ("collect", ["step=0"], "step: 7 -> 0"),
+]
+
+
+def test_what_answers_and_scores_is_what_was_planned(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = "precision=bf16"
+    assert run(VQA, run_folder, data, tmp_path, "stage=plan", half) == 0
+    for stage, words, said in OTHERWISE:
+        given = words if "precision=fp32" in words else [*words, half]
+        assert run(VQA, run_folder, data, tmp_path, f"stage={stage}", *given) == 2
+        complaint = capsys.readouterr().err
+        assert f"was planned otherwise: {said}" in complaint and complaint.count("\n") == 1
+    assert run(VQA, run_folder, {"vqav2": data["coco"]}, tmp_path, "stage=collect", half) == 2
+    assert "was planned otherwise: data: " in capsys.readouterr().err
+    assert run(VQA, run_folder, data, tmp_path, "stage=answer", half) == 0
+    assert run(VQA, run_folder, data, tmp_path, "stage=collect", half) == 0
+    assert results(tmp_path)["step"] == "7"
+
+
 def test_weights_before_training_answer_otherwise(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
     for step in ("0", "latest"):
         assert run(VQA, run_folder, data, tmp_path / step, f"step={step}", "shots=2") == 0
@@ -360,7 +388,7 @@ def test_a_checkpoint_that_vanishes_or_rots(
     assert "is damaged" in capsys.readouterr().err
     shutil.rmtree(file.parent)
     assert run(VQA, folder, data, tmp_path / "out", "stage=answer") == 2
-    assert "has no whole checkpoint yet" in capsys.readouterr().err
+    assert "known: latest" in capsys.readouterr().err
 
 
 def test_a_metric_that_is_none(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ CIDER = Scoring(metric="cider", rules="openflamingo")
 COCO = protocol_of(
     CAPTIONS.model_copy(update={"name": "coco-karpathy"}), Questions.of(CAPTIONS.split, TEST), RANDOM, CIDER
 )
-ID = "coco-karpathy-test-5000@ac33/of-caption@be91/4shot-random-s42-train-100@3063/beam3-20tok/cider-openflamingo@v1"
+ID = "coco-karpathy-test-5000@92f3/of-caption@be91/4shot-random-s42-train-100@48c2/beam3-20tok/cider-openflamingo@v1"
 
 QUESTIONS = st.builds(
     Questions,

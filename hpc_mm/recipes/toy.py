@@ -42,7 +42,7 @@ def toy() -> Run:
             ),
         },
         train=Train(
-            steps=450,
+            steps=600,
             learning_rate=2e-3,
             schedule="cosine",
             warmup=40,

@@ -71,11 +71,11 @@ def test_a_trained_toy_is_above_an_untrained_one(tmp_path: Path) -> None:
     assert wait((run / "submissions" / "001" / "job_id").read_text().strip(), 7200) == "COMPLETED"
     for script in ("toy", "toy_vqa"):
         intervals = {}
-        for step in ("0", "450"):
+        for step in ("0", "600"):
             words = [f"checkpoint={run}", f"step={step}", "shots=0,2,4", "seeds=42,43", "tasks=4"]
             jobs = submitted(evaluated(values, script, *words, *JOB))
             assert wait(jobs["collect"][0], 3600) == "COMPLETED"
             print(evaluated(values, script, *words, *JOB, "watch=true"))
             intervals[step] = [(one["low"], one["high"]) for one in scores(run / "eval" / script / f"step-{step}")]
-        for before, after in zip(intervals["0"], intervals["450"], strict=True):
+        for before, after in zip(intervals["0"], intervals["600"], strict=True):
             assert before[1] < after[0]
