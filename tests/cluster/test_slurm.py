@@ -109,7 +109,10 @@ def test_slurm_and_ours_agree_on_the_environment(user: dict[str, str], tmp_path:
             "slurm.time=1:00:00 is over the limit of partition short: 00:10:00",
         ),
         (["slurm.time=1"], "slurm.time=1 leaves no time to save: 3 minutes are the least"),
-        (["nodes=8", "sources.documents.batch=8"], "nodes=8: partition main gives a job at most 4"),
+        (
+            ["nodes=8", "sources.documents.batch=8", "sources.questions.batch=8"],
+            "nodes=8: partition main gives a job at most 4",
+        ),
         (["gpus_per_node=2", "nodes=1"], "gpus_per_node=2: partition main has no GPUs"),
         (["slurm.cpus_per_task=64"], "sbatch would refuse this job"),
         (["slurm.memory=900G"], "sbatch would refuse this job"),
