@@ -51,6 +51,7 @@ def test_real_input_trains_and_the_loss_falls(shared_data: Path, tmp_path: Path)
     words = ["sources.documents.data=documents", "sources.documents.batch=4", "sources.documents.max_images=6"]
     words += ["sources.pairs.data=pairs", "sources.pairs.batch=8", "model.language.tokenizer=store:tokenizer.json"]
     words += ["sources.documents.max_tokens=192", "sources.pairs.max_tokens=48"]
+    words += ["sources.questions.data=documents", "sources.questions.batch=2"]  # the toy's third source: the same ones
     words += ["train.steps=30", "train.log_every=1", "train.warmup=5", "nodes=2", "strategy=ddp"]
     result = launch(values, "recipe=toy", "cluster=local", *words)
     assert result.returncode == 0, result.stdout + result.stderr
