@@ -274,7 +274,9 @@ def script_words(words: Sequence[str], options: Evaluation, script: str = "") ->
     """
     found = ("checkpoint", "step", "data", "out")
     gone = {*found, "stage", "task", "cluster", "watch"}
-    kept = [word for word in words if word.partition("=")[0] not in gone]
+    places = {f"rices.{key}": f"rices.{key}={getattr(options.rices, key)}" for key in ("model", "pretrained")}
+    keys = {word: word.partition("=")[0] for word in words}
+    kept = [places.get(key, word) for word, key in keys.items() if key not in gone]
     return [
         f"eval/{script or Path(sys.argv[0]).name}",
         "cluster=local",

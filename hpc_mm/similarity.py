@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hpc_mm.config import ConfigError, ImageSpec, Part
 from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.shards import INDEX, ShardReader
-from hpc_mm.data.store import MissingKey, Store, StoreError
+from hpc_mm.data.store import MissingKey, Store, StoreError, whole
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,17 @@ class Encoder(Part):
         "openai", min_length=1, description="open_clip weights tag or file; a folder or hub id brings its own"
     )
 
+    @field_validator("model")
+    @classmethod
+    def folder_is_whole(cls, model: str) -> str:
+        """The same wherever a job runs."""
+        return LOCAL + whole(model.removeprefix(LOCAL)) if model.startswith(LOCAL) else model
+
+    @field_validator("pretrained")
+    @classmethod
+    def file_is_whole(cls, pretrained: str) -> str:
+        return whole(pretrained) if is_file(pretrained) else pretrained
+
     @cached_property
     def name(self) -> str:
         """Names it in protocols and stores; a local file by the first 8 hex digits of its SHA-256."""
@@ -64,12 +75,15 @@ class Encoder(Part):
         elif ":" in self.model:
             words = [self.model]
         else:
-            is_file = "." in self.pretrained or "/" in self.pretrained
-            words = [self.model, file_digest(Path(self.pretrained)) if is_file else self.pretrained]
+            words = [self.model, file_digest(Path(self.pretrained)) if is_file(self.pretrained) else self.pretrained]
         name = ":".join(words).replace("/", ":")
         if not NAME.fullmatch(name):
             raise ConfigError(f"{name!r} is no name of an open_clip model and its weights, such as ViT-L-14 and openai")
         return name
+
+
+def is_file(pretrained: str) -> bool:
+    return "." in pretrained or "/" in pretrained
 
 
 def file_digest(file: Path) -> str:

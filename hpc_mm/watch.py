@@ -17,6 +17,7 @@ from hpc_mm.scoring import scores
 from hpc_mm.trials import Planned, Trial
 
 EVERY = 5.0  # seconds between looks
+QUIET = 300.0  # seconds without a new part that are told
 SHARE = 4  # times as long as a look takes is waited for the next
 
 
@@ -55,17 +56,25 @@ def watch(planned: Planned, benchmark: Benchmark, rules: Sequence[str], every: f
         while True:
             began = time.monotonic()
             states = [one.look(planned, benchmark, rules[0]) for one in trials]
-            table = shown(trials, states, f"{benchmark.metric}, {rules[0]}")
+            table = shown(trials, states, f"{benchmark.metric}, {rules[0]}{silence(trials)}")
             if console.is_terminal:
                 live.update(table, refresh=True)
             else:
-                print(line(trials, states), flush=True)
+                print(line(trials, states) + silence(trials), flush=True)
             if all(found.questions == found.total for found in states):
                 break
             time.sleep(max(every, SHARE * (time.monotonic() - began)))
     if not console.is_terminal:
         console.print(table)
     return 0
+
+
+def silence(trials: Sequence[Watched]) -> str:
+    """How long no part has come, where that is long: tasks may have ended, or never begun."""
+    newest = max((part.ended for one in trials for part in one.done.values()), default=None)
+    if newest is None or time.time() - newest < QUIET:
+        return ""
+    return f"; nothing new for {clock(time.time() - newest)}: see the logs, or give the same command again"
 
 
 def shown(trials: Sequence[Watched], states: Sequence[State], title: str) -> Table:

@@ -148,7 +148,6 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"classes": ["a"]}, "classes=('a',)"),
-        ({"kind": "classes"}, "kind=classes needs names"),
         ({"kind": "classes", "classes": ["a", "b", "a"]}, "a is there twice"),
         ({"prompt": {"name": "x", "query": "Output:", "demonstration": "<image>{answer}"}}, "needs one <image>"),
         (

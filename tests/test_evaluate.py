@@ -180,6 +180,16 @@ def test_similar_demonstrations(
     assert results(tmp_path / "3")["scores"] == scored
 
 
+def test_jobs_find_local_weights_wherever_they_run() -> None:
+    given = {"checkpoint": "runs/a", "data": "x", "split": "val", "decoding": {}}
+    words = ["shots=2", "rices.model=local-dir:clip", "selection=rices"]
+    options = evaluate.Evaluation(**given, rices={"model": "local-dir:clip"})
+    said = evaluate.script_words(words, options, "coco.py")
+    assert f"rices.model=local-dir:{Path.cwd()}/clip" in said and "shots=2" in said
+    assert evaluate.Evaluation(**given, rices={"pretrained": "some.safetensors"}).rices.pretrained.startswith("/")
+    assert evaluate.Evaluation(**given).rices.pretrained == "openai"
+
+
 # ---------------------------------------------------------------- again and again
 
 

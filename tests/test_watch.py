@@ -1,5 +1,6 @@
 """Running scores of an evaluation, part by part."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ from evaluations import TOY, VQA
 
 from hpc_mm import benchmark, metrics, trials
 from hpc_mm.benchmark import Benchmark
-from hpc_mm.predictions import write_part
+from hpc_mm.predictions import Done, write_part
 from hpc_mm.trials import Choice, Planned, Trial
-from hpc_mm.watch import Watched, clock, watch
+from hpc_mm.watch import Watched, clock, silence, time_left, watch
 
 
 def planned(tmp_path: Path, one: Benchmark) -> Planned:
@@ -59,6 +60,27 @@ def test_it_ends_with_the_last_part(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert watch(plan, VQA, ["openflamingo"], every=0) == 0
     said = capsys.readouterr().out
     assert "40 of 40 questions  2shot-s1 22.50 (22.50 to 22.50)" in said
+
+
+def test_silence_is_told(tmp_path: Path) -> None:
+    plan = planned(tmp_path, VQA)
+    seen = Watched(Trial(2, 1))
+    assert silence([seen]) == ""
+    answer(plan, 0, "a1")
+    seen.look(plan, VQA, "openflamingo")
+    assert silence([seen]) == ""
+    (part,) = seen.done.values()
+    seen.done = {0: Done(part.rows, 1.0, time.time() - 3600.0)}
+    assert "nothing new for 1:00:00: see the logs" in silence([seen])
+
+
+def test_the_time_left_is_that_of_all_trials(tmp_path: Path) -> None:
+    """Of two trials the first is done, by two tasks side by side, after a night's pause between its parts."""
+    first, second = Watched(Trial(0, 1)), Watched(Trial(2, 1))
+    rows = [{"id": "0"}] * 4
+    first.done = {0: Done(rows, 0.0, 10.0), 1: Done(rows, 0.0, 10.0), 2: Done(rows, 50_000.0, 50_010.0)}
+    assert time_left([first, second], 12, 24) == 20.0
+    assert time_left([second], 0, 24) is None
 
 
 def test_a_clock() -> None:
