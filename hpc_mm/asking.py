@@ -16,7 +16,7 @@ from hpc_mm.config import ConfigError
 from hpc_mm.data.schema import Sample
 from hpc_mm.data.shards import BrokenShard, ShardReader
 from hpc_mm.data.store import open_store
-from hpc_mm.demonstrations import QuerySet, Similar, prompt, shown
+from hpc_mm.demonstrations import QuerySet, Similar, prompt
 from hpc_mm.predictions import Row, write_part
 from hpc_mm.similarity import Encoder
 from hpc_mm.trials import Planned, Trial
@@ -24,9 +24,6 @@ from hpc_mm.trials import Planned, Trial
 READS = 16  # images read at once
 IMAGES = 4096  # kept as read: demonstrations come again and again. Some 400 MB of photographs
 KEPT = 5  # classes of a row, the likeliest
-
-Chosen = Callable[[Sequence[Question]], list[list[Question]]]
-"""From questions to the demonstrations of each."""
 
 
 def ask(
@@ -77,8 +74,7 @@ class Prompts:
         self.benchmark, self.planned, self.asked = benchmark, planned, asked
         self.store, self.encoder = open_store(data), encoder
         self.read = lru_cache(IMAGES)(reader(data))
-        self.similar = Similar(planned.pool)
-        self.chosen: dict[Trial, Chosen] = {}
+        self.queries: dict[int, QuerySet] = {}  # by seed
 
     def of(self, trial: Trial, part: int) -> list[Sample]:
         asked = part_of(self.planned, trial, part)
@@ -97,24 +93,23 @@ class Prompts:
 
     def demonstrations(self, trial: Trial, asked: Sequence[Question]) -> list[list[Question]]:
         """Of each question, the same whatever else is asked."""
-        if trial not in self.chosen:
-            self.chosen[trial] = self._chooser(trial)
-        return self.chosen[trial](asked)
-
-    def _chooser(self, trial: Trial) -> Chosen:
         if trial.seed is None:
-            return lambda asked: self._similar(asked, trial.shots)
-        queries = QuerySet(self.planned.pool, trial.seed, self.planned.choice.query_set)
-        return lambda asked: [queries.shots(question, trial.shots) for question in asked]
+            return self._similar(asked, trial.shots)
+        if trial.seed not in self.queries:
+            self.queries[trial.seed] = QuerySet(self.planned.pool, trial.seed, self.planned.choice.query_set)
+        return [self.queries[trial.seed].shots(question, trial.shots) for question in asked]
 
     def _similar(self, asked: Sequence[Question], shots: int) -> list[list[Question]]:
         return [self.similar.shots(question, shots, self.nearest[question.image_key]) for question in asked]
 
     @cached_property
+    def similar(self) -> Similar:
+        return Similar(self.planned.pool)
+
+    @cached_property
     def nearest(self) -> dict[str, NDArray[np.int64]]:
         """Rows of the pool's images for every image that is asked about, enough for any trial."""
-        most = max(shown(shots) for shots in self.planned.choice.shots)
-        return self.similar.nearest(self.asked, most, self.store, self.encoder)
+        return self.similar.nearest(self.asked, max(self.planned.choice.shots), self.store, self.encoder)
 
 
 def part_of(planned: Planned, trial: Trial, part: int) -> list[Question]:

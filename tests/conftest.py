@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ["documents=60", "pairs=120", "questions=60", "demonstrations=20", "heldout=8"]
     subprocess.run([sys.executable, "data_prep/shapes.py", f"out={store}", "seed=0", *sizes], check=True, cwd=ROOT)
     return store
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than small models do."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

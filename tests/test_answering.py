@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +18,8 @@ from hpc_mm.data.batch import normalised
 from hpc_mm.data.images import decode
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTEXT = 128
 FAMILIES = {
@@ -40,15 +41,6 @@ CLASSES = [
     "red circle",
 ]
 DECODING = Decoding(max_new_tokens=6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than such small models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import pytest
 import questions
 import samples
 import small_run
-import torch
 
 from hpc_mm import benchmark, evaluate, metrics
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError
 from hpc_mm.predictions import NAME
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = benchmark.Decoding(max_new_tokens=4)
 CAPTIONS = Benchmark(name="coco", kind="caption", prompt=benchmark.CAPTION, decoding=SHORT, metric="cider")
@@ -29,15 +29,6 @@ COLORS = Benchmark(name="colors", kind="classes", prompt=benchmark.IMAGENET, met
 ALL = {one.name: one for one in (CAPTIONS, VQA, MEMES, COLORS)}
 TESTED, TRAINED = range(11), range(11, 31)
 WORDS = ["cluster=local", "shots=2", "seeds=3,4", "part=4", "examples=0"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than such a small model."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
