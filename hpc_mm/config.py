@@ -1,19 +1,25 @@
 """A run and its parts: every value that a user can set, with its unit, its default and its rules.
 
-This module imports nothing of ours and never torch, so that a login node waits for nothing.
+This module imports grammar alone and never torch, so that a login node waits for nothing.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from hpc_mm.grammar import ConfigError as ConfigError  # everybody's way to the words of grammar is through here
+from hpc_mm.grammar import Part as Part
+from hpc_mm.grammar import differences as differences
+from hpc_mm.grammar import one_line
+from hpc_mm.grammar import parse_arguments as parse_arguments
+from hpc_mm.grammar import unknown as unknown
+from hpc_mm.grammar import validated as validated
+from hpc_mm.grammar import with_overrides as with_overrides
 
 IMAGE_TOKEN = "<image>"
 ENDOFCHUNK_TOKEN = "<|endofchunk|>"
@@ -22,19 +28,8 @@ STORE_PREFIX = "store:"  # marks a file that lies in the site's store
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Square = Literal["crop", "pad"]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ConfigError(Exception):
-    """A user's mistake, told in one line: what is wrong, the value, what would be right."""
-
-
-class Part(BaseModel):
-    """One group of values. An unknown name is an error; a finished part never changes."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), defer_build=True, allow_inf_nan=False
-    )
 
 
 # ---------------------------------------------------------------- the model
@@ -46,13 +41,15 @@ class Vision(Part):
     architecture: dict[str, Any] = Field(
         {}, description="open_clip vision_cfg of a random tower of your own, in place of name and pretrained"
     )
-    tokens: Literal["before_ln_post", "after_ln_post"] = Field(
-        "before_ln_post", description="patch tokens taken before (released OpenFlamingo weights) or after the last norm"
+    tokens: Literal["before_ln_post", "after_ln_post", "penultimate"] = Field(
+        "before_ln_post",
+        description="patch tokens taken before (released OpenFlamingo weights) or after the last norm, or before the "
+        "last layer (LLaVA)",
     )
 
 
 class Language(Part):
-    name: str = Field("", description="transformers hub id or folder of a causal language model")
+    name: str = Field("", description="transformers hub id or folder of a language model")
     tokenizer: str = Field(
         "", description="hub id, folder, tokenizer.json, or store:PATH of a tokenizer.json; empty = name"
     )
@@ -84,14 +81,51 @@ class Flamingo(Part):
     compile: bool = Field(False, description="torch.compile the vision tower and the decoder layers")
 
 
+class Lora(Part):
+    """Low-rank updates of the language model's matrices (arXiv 2106.09685), in place of training it whole."""
+
+    rank: int = Field(0, ge=0, description="rank of the updates; 0 = none")
+    alpha: Annotated[float, Field(gt=0)] = Field(16, description="they are scaled by alpha / rank")
+    dropout: Probability = Field(0.05, description="on what the updates read")
+
+
+class ClipFlanT5(Part):
+    """CLIP-FlanT5: projected image patches among the input embeddings of a T5 encoder-decoder (arXiv 2404.01291)."""
+
+    family: Literal["clip_flant5"] = "clip_flant5"
+    vision: Vision = Field(description="the image tower")
+    language: Language = Field(description="the T5 encoder-decoder")
+    square: Square = Field("pad", description="pictures become square by padding with the mean colour, or by cutting")
+    dropout: Probability = Field(0.1, description="of the language model in training, also where it is frozen")
+    lora: Lora = Lora()
+    trainable: tuple[Literal["projector", "language"], ...] = Field(
+        ("projector", "language"), description="parts that learn; the others are frozen"
+    )
+    weights: str = Field(
+        "", description="to start from: a released folder, an mm_projector.bin, or what export wrote; empty = none"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
+    compile: bool = Field(False, description="torch.compile the vision tower and the layers")
+
+
 # ---------------------------------------------------------------- data
+
+Template = Literal["t5_plain_split_text", "t5_plain", "t5_v1"]
 
 
 class Source(Part):
     """A stream of samples with its share of each optimizer step."""
 
     data: str = Field(description="folder of shards: an address, or a name inside the site's store")
-    form: Literal["interleaved", "pairs"] = Field(description="documents of text and images, or image-caption pairs")
+    form: Literal["interleaved", "pairs", "chat"] = Field(
+        description="documents of text and images, image-caption pairs, or chats (a pair is one without a question)"
+    )
+    template: Template | None = Field(None, description="of form=chat: how a chat becomes a question and its answer")
+    order: Literal["random", "length", "modality_length"] = Field(
+        "random",
+        description="samples of a step: any, those of like length with or without images, or by LLaVA's "
+        "group_by_modality_length",
+    )
     batch: Positive = Field(description="samples per optimizer step, over all ranks")
     batch_from: dict[Positive, Annotated[int, Field(ge=0)]] = Field(
         {}, description='samples per optimizer step from later steps on, such as {"10000": 256}; 0 = none'
@@ -192,7 +226,8 @@ class Run(Part):
     """Everything that decides a training run. Frozen as run.json in its folder."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder below HPC_MM_RUNS")
-    model: Flamingo = Field(description="architecture")
+    model: Annotated[Flamingo | ClipFlanT5, Field(discriminator="family")] = Field(description="architecture")
+    start: str = Field("", description="run, by name or folder, whose trained weights this one begins with")
     sources: dict[str, Source] = Field(min_length=1, description="what is trained on, by name")
     train: Train = Field(description="optimizer, schedule, seed, checkpoints")
     loader: Loader = Field(Loader(), description="reading")
@@ -255,137 +290,8 @@ class ImageSpec:
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-
-
-# ---------------------------------------------------------------- key=value
-
-
-def parse_arguments(arguments: Iterable[str]) -> dict[str, str]:
-    """Split ``key=value`` words. The same key twice, or a word without ``=``, is an error."""
-    values: dict[str, str] = {}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{word!r} is not key=value (nested keys take dots: train.steps=100)")
-        if key in values:
-            raise ConfigError(f"{key} is given twice: {values[key]!r} and {value!r}")
-        values[key] = value
-    return values
-
-
-def unknown(kind: str, name: str, legal: Iterable[str]) -> ConfigError:
-    """The answer to a word that we do not know: the nearest legal one, and all of them."""
-    names = sorted(legal)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return ConfigError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")
-
-
-def with_overrides(part: Part, overrides: Mapping[str, str]) -> Any:
-    """A copy of ``part`` with dotted keys replaced and everything validated again."""
-    values = part.model_dump()
-    for key, text in overrides.items():
-        _set(type(part), values, key, text)
-    return validated(type(part), values)
-
-
-def _set(kind: type[Part], values: dict[str, Any], key: str, text: str) -> None:
-    """Walk ``key`` down the parts to its field, and put ``text`` there."""
-    here, annotation = values, kind
-    words = key.split(".")
-    for depth, word in enumerate(words):
-        legal = _names(annotation, here)
-        if legal is not None and word not in legal:
-            start = ".".join(words[:depth])
-            raise unknown("key", key, [f"{start}.{name}" if start else name for name in legal])
-        annotation = _child(annotation, word)
-        if depth == len(words) - 1:
-            break
-        if not isinstance(here.get(word), dict):
-            raise ConfigError(f"{key}: {'.'.join(words[: depth + 1])} has no parts")
-        here = here[word]
-    if _is_part(annotation):
-        inside = ", ".join(f"{key}.{name}" for name in _names(annotation, here.get(words[-1], {})) or [])
-        raise ConfigError(f"{key} is a group; set one of its values: {inside}")
-    here[words[-1]] = _value(annotation, text)
-
-
-def _is_part(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Part)
-
-
-def _names(annotation: Any, values: Mapping[str, Any]) -> list[str] | None:
-    """Legal keys below a field; None where any key may be added (free dictionaries)."""
-    if _is_part(annotation):
-        return list(annotation.model_fields)
-    if get_origin(annotation) is dict and _is_part(get_args(annotation)[1]):
-        return list(values)
-    return None
-
-
-def _child(annotation: Any, word: str) -> Any:
-    if _is_part(annotation):
-        return annotation.model_fields[word].annotation
-    if get_origin(annotation) is dict:
-        return get_args(annotation)[1]
-    return Any
-
-
-def _value(annotation: Any, text: str) -> Any:
-    """Text as pydantic wants it: JSON for groups and for null, commas for lists, else the text as it is."""
-    if annotation is str:
-        return text
-    if get_origin(annotation) in (tuple, list) and not text.startswith("["):
-        return [word for word in text.split(",") if word]
-    if annotation is Any or text.startswith(("{", "[")) or text in ("null", "none"):
-        try:
-            return json.loads("null" if text == "none" else text)
-        except json.JSONDecodeError:
-            return text
-    return text
-
-
-def validated(kind: type[Part], values: Mapping[str, Any]) -> Any:
-    """Build ``kind``; pydantic's report becomes one line."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(one_line(error, kind)) from None
-
-
-def one_line(error: ValidationError, kind: type[Part]) -> str:
-    problems = []
-    for found in error.errors(include_url=False):
-        key = ".".join(str(word) for word in found["loc"])
-        message = found["msg"].removeprefix("Value error, ")
-        if found["type"] == "extra_forbidden":
-            problems.append(f"unknown key {key!r}")
-        elif found["type"] == "missing":
-            problems.append(f"{key} is missing")
-        elif not key:
-            problems.append(message)
-        else:
-            problems.append(f"{key}={found['input']!r}: {message[0].lower()}{message[1:]}")
-    return "; ".join(problems)
-
-
-def differences(old: Part, new: Part) -> list[str]:
-    """What differs, a line each: ``train.steps: 100 -> 200``."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return [
-        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _flat(values: Any, start: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict) or not values:
-        return {start: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{start}.{key}" if start else str(key)))
-    return flat
+    square: Square = "crop"
+    tokens: int = 1  # places that an image takes among a row's tokens
 
 
 def read_run(path: str | Path) -> Run:

@@ -74,10 +74,11 @@ def _walk(part: str, start: str, classes: dict[str, ast.ClassDef], aliases: dict
             continue
         key = start + node.target.id
         words = [name.id for name in ast.walk(node.annotation) if isinstance(name, ast.Name)]
-        inner = next((word for word in words if word in classes), None)
-        if inner:
-            found += _walk(inner, f"{key}.{'NAME.' if 'dict' in words else ''}", classes, aliases)
-        else:
+        inner = [word for word in words if word in classes]  # several: families of models, which share some fields
+        for word in inner:
+            inside = _walk(word, f"{key}.{'NAME.' if 'dict' in words else ''}", classes, aliases)
+            found += [field for field in inside if field not in found]
+        if not inner:
             default, description = _default(node.value)
             found.append(Field(key, _kind(node.annotation, aliases), default, description))
     return found

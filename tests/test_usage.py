@@ -17,9 +17,10 @@ def values(part: type[Part], start: str = "") -> Iterator[tuple[str, Any, str]]:
         inner, key = field.annotation, f"{start}{name}"
         if get_origin(inner) is dict:
             inner, key = get_args(inner)[1], f"{key}.NAME"
-        if isinstance(inner, type) and issubclass(inner, Part):
-            yield from values(inner, f"{key}.")
-        else:
+        kinds = [kind for kind in (inner, *get_args(inner)) if isinstance(kind, type) and issubclass(kind, Part)]
+        inside = [value for kind in kinds for value in values(kind, f"{key}.")]
+        yield from (value for place, value in enumerate(inside) if value not in inside[:place])
+        if not kinds:
             default = REQUIRED if field.default is PydanticUndefined else field.default
             yield f"{start}{name}", default, field.description or ""
 
