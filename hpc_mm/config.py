@@ -22,6 +22,7 @@ from hpc_mm.grammar import validated as validated
 from hpc_mm.grammar import with_overrides as with_overrides
 
 IMAGE_TOKEN = "<image>"
+IMAGE_PLACE = -200  # stands among token ids where an image's features are spliced in (LLaVA)
 ENDOFCHUNK_TOKEN = "<|endofchunk|>"
 PAD_TOKEN = "<PAD>"
 STORE_PREFIX = "store:"  # marks a file that lies in the site's store
