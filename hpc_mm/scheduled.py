@@ -107,8 +107,8 @@ def check_jobs(run: Run, submission: Submission) -> None:
 def texts(run: Run, submission: Submission) -> dict[str, str]:
     """``evaluate.json`` of a submission.
 
-    A benchmark that the run's submission before this one did not evaluate is evaluated from the newest checkpoint of
-    now on: those before it, however many are kept, were written when nobody had asked for their scores.
+    A benchmark that the run's submission before this one did not evaluate is evaluated from the newest checkpoint on:
+    earlier ones, however many are kept, were written when nobody had asked for their scores.
     """
     before = read_plan(submission.run_folder, Submission(submission.run_folder, submission.number - 1).folder)
     newest = max(map(checkpoint.step_of, checkpoint.finished(submission.run_folder)), default=0)
