@@ -18,9 +18,9 @@ from hpc_mm.command import ROOT, Submission
 from hpc_mm.config import ConfigError, Run, parse_arguments, unknown
 from hpc_mm.data.shards import read_manifest
 from hpc_mm.data.store import open_store
-from hpc_mm.evaluate import PLAN, SHARED, Evaluation, script_words
+from hpc_mm.evaluate import PLAN, SHARED, Evaluation, evaluation, script_words
 from hpc_mm.evaluations import FILE, STEP, logs_of, place_of
-from hpc_mm.site import in_store, read_options, read_site
+from hpc_mm.site import in_store, read_site
 
 # Every evaluation's own.
 FIXED = ("checkpoint", "step", "out", "stage", "task", "cluster", "watch", "name")
@@ -78,7 +78,7 @@ def read(run: Run, run_folder: Path, script: Path, text: str) -> Scheduled:
     own: dict[str, Any] = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump()}
     place = place_of(run_folder, script.stem, STEP)
     fixed = [f"checkpoint={run_folder}", f"step={STEP}", f"out={place}"]
-    options: Evaluation = read_options(Evaluation, [*fixed, *words], own)
+    options = evaluation([*fixed, *words], own)
     options = options.model_copy(update={"data": in_store(options.data, read_site().store)})
     return Scheduled(script.stem, benchmark, options, script_words([*fixed, *words], options, script.name))
 

@@ -64,7 +64,7 @@ def asked(image: int, number: int) -> dict[str, Any]:
 
 def run(one: Benchmark, run_folder: Path, data: dict[str, str], out: Path | str, *words: str) -> int:
     given = [f"checkpoint={run_folder}", f"data={data[one.name]}", f"out={out}"]
-    own = {word.partition("=")[0] for word in words}
+    own = {word.partition("=")[0] for word in words} | ({"seeds"} if "selection=rices" in words else set())
     return evaluate.main(one, [*given, *(word for word in WORDS if word.partition("=")[0] not in own), *words])
 
 
