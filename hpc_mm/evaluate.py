@@ -137,9 +137,12 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values:
 def evaluation(words: Sequence[str], own: Mapping[str, Any]) -> Evaluation:
     """What an eval/ script is told. ConfigError where something of it would count for nothing."""
     options: Evaluation = read_options(Evaluation, words, own)
+    if options.selection != RICES:
+        return options
+    options.rices.check()
     given = parse_arguments(words)
     for key in ("seeds", "query_set"):
-        if options.selection == RICES and key in given:
+        if key in given:
             raise ConfigError(f"{key}={given[key]} is of random demonstrations, and selection={RICES}: leave it out")
     return options
 
@@ -167,8 +170,6 @@ def plan(options: Evaluation, benchmark: Benchmark, weights: answerer.Weights) -
     """Fix the work list. All that a user may have got wrong is told here, before anything is queued, but for prompts
     that are too long for the model: they take its tokenizer, and each task looks at the longest before it begins."""
     metric_of(benchmark.metric)
-    if options.selection == RICES:
-        options.rices.check()
     asked = questions(options.data, benchmark.split, benchmark)
     pool = questions(options.data, benchmark.demonstrations, benchmark)
     known = Pool.of(benchmark, pool)
