@@ -11,7 +11,7 @@ from evaluations import TOY, VQA
 from hpc_mm import benchmark, metrics, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.predictions import Done, write_part
-from hpc_mm.trials import Choice, Planned, Trial
+from hpc_mm.trials import Choice, Planned, Pool, Trial
 from hpc_mm.watch import Watched, clock, silence, time_left, watch
 
 
@@ -20,7 +20,8 @@ def planned(tmp_path: Path, one: Benchmark) -> Planned:
     data = questions.write_splits(tmp_path / one.name, test=make(*range(20)), train=make(*range(20, 30)))
     asked = benchmark.questions(data, "test", one)
     pool, choice = benchmark.questions(data, "train", one), Choice((2,), (1,), 8, "")
-    return trials.save(Planned(f"{tmp_path}/out-{one.name}", choice, asked, pool, {}), one, {}, 4)
+    plan = Planned(f"{tmp_path}/out-{one.name}", choice, asked, Pool.of(one, pool), {})
+    return trials.save(plan, choice.shown(pool), one, {}, 4)
 
 
 def answer(plan: Planned, part: int, text: str, began: float = 1.0) -> None:
