@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import questions
 import samples
 import small_run
 
-from hpc_mm import benchmark, evaluate, metrics
+from hpc_mm import benchmark, evaluate, metrics, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError
 from hpc_mm.predictions import NAME
@@ -276,6 +277,33 @@ def test_watching(run_folder: Path, data: dict[str, str], tmp_path: Path, capsys
     for entry in results(tmp_path)["scores"]:
         for trial in entry["trials"]:
             assert f"{trial['score']:.2f} ({trial['score']:.2f} to {trial['score']:.2f})" in said, "all are scored"
+
+
+def test_the_jobs_that_are_watched_are_those_that_answer(
+    run_folder: Path,
+    data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(VQA, run_folder, data, tmp_path / "out", "stage=plan") == 0
+    for more in ({}, {"name": "mine"}, {"selection": "rices"}):
+        words = ["cluster=print", f"out={tmp_path}/out", *(f"{key}={value}" for key, value in more.items())]
+        given = {"checkpoint": str(run_folder), "data": data["vqav2"], "split": "test", "decoding": {}, **more}
+        planned = trials.read(f"{tmp_path}/out", evaluate.Choice((2,), (3, 4), 2048, ""))
+        monkeypatch.setenv("PATH", "/usr/bin:/bin")
+        capsys.readouterr()
+        assert run(VQA, run_folder, data, tmp_path / "out", *words) == 0
+        named = re.findall(r"--job-name=(\S+)", capsys.readouterr().out)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        watched = evaluate.jobs_of(evaluate.Evaluation(**given), VQA, planned)
+        assert watched == [name for name in named if not name.endswith("-collect")] and watched
+        assert evaluate.jobs_of(evaluate.Evaluation(**given, cluster="local"), VQA, planned) == []
+    monkeypatch.setenv("PATH", "")
+    assert evaluate.jobs_of(evaluate.Evaluation(**given), VQA, planned) == []
 
 
 # ---------------------------------------------------------------- mistakes
