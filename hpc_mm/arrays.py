@@ -57,7 +57,7 @@ def wants_slurm(cluster: str) -> bool:
 def run_tasks(words: Sequence[str], stage: str, tasks: int, rooms: Sequence[Mapping[str, str]]) -> int:
     """Every task of a stage as a process; 0, or 1 where one failed.
 
-    ``rooms``: as many processes at once, each with a room's environment variables beside those that are here.
+    ``rooms``: environment variables, beside those that are here, of each process that there is room for at once.
     """
     environment = {**os.environ, LAUNCHER: str(os.getpid())}
     free = SimpleQueue[Mapping[str, str]]()
@@ -79,7 +79,7 @@ def run_tasks(words: Sequence[str], stage: str, tasks: int, rooms: Sequence[Mapp
 
 
 def room_of_cores() -> list[dict[str, str]]:
-    """A process of one thread for every core."""
+    """A process for every core."""
     return [{}] * len(os.sched_getaffinity(0))
 
 

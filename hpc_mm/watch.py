@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from rich.console import Console
 from rich.live import Live
@@ -87,7 +88,7 @@ def watch(
     begin = running(benchmark, rules[0], planned.questions) if planned.questions[0].references else lambda: None
     trials = [Watched(trial, begin()) for trial in planned.plans]
     console = Console()
-    queue = Queue(jobs, console.print)
+    queue = Queue(jobs, partial(console.print, markup=False, soft_wrap=True))
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             began, told = time.monotonic(), queue.words()  # before the look: a job's last part comes before its end
