@@ -123,7 +123,8 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values:
         if options.watch:
             from hpc_mm.watch import watch
 
-            return watch(trials.read(options.out, options.choice), asked, options.rules)
+            planned = trials.read(options.out, options.choice)
+            return watch(planned, asked, options.rules, jobs_of(options, asked, planned))
         if weights and options.plans and options.cluster != "print":
             plan(options, asked, weights)
         return run(options, asked, words) if options.stage != PLAN else 0
@@ -216,8 +217,8 @@ def answer(options: Evaluation, benchmark: Benchmark) -> None:
     step = planned.step if options.step == LATEST else options.step
     weights = answerer.find(options.checkpoint, step, digests=False)  # whoever planned has verified them
     trials.refuse_other(planned, benchmark, work_of(options, weights))
-    device = answerer.device_of(options.task or 0)
-    running = answerer.Running(precision_of(options, weights.run), options.batch, options.keep_mb * 2**20, device)
+    precision = precision_of(options, weights.run)
+    running = answerer.Running(precision, options.batch, options.keep_mb * 2**20, device(options))
     ask(answerer.load(weights, running), benchmark, planned, todo, options.data, options.rices)
 
 
@@ -231,6 +232,10 @@ def parts_of(planned: Planned, task: int, tasks: int) -> list[tuple[Trial, int]]
     return todo
 
 
+def device(options: Evaluation) -> str:
+    return answerer.device_of(options.task or 0) if options.gpus else "cpu"
+
+
 def features(options: Evaluation, benchmark: Benchmark) -> None:
     """Image features of this task's shards, where demonstrations are chosen by them."""
     store, task = open_store(options.data), options.task or 0
@@ -241,7 +246,7 @@ def features(options: Evaluation, benchmark: Benchmark) -> None:
         for shard in shards_of(every, split, options.data)
     ]
     todo = shards_to_do(store, shards, options.rices, task, options.tasks if options.task is not None else 1)
-    compute(store, todo, options.rices, answerer.device_of(task))
+    compute(store, todo, options.rices, device(options))
     print(f"features of {len(todo)} shards were made here, {len(shards)} are wanted")
 
 
@@ -270,7 +275,8 @@ def run_stage(stage: str, options: Evaluation, benchmark: Benchmark) -> None:
 
 def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
     """The stages after planning, as jobs or here."""
-    from hpc_mm.arrays import Stage, Work, queue, run_tasks, wants_slurm
+    from hpc_mm.arrays import Stage, Work, queue, room_of_models, run_tasks, wants_slurm
+    from hpc_mm.local import visible_gpus
 
     again = script_words(words, options)
     if options.task is None and wants_slurm(options.cluster):
@@ -278,7 +284,7 @@ def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
             Stage(stage, options.tasks, options.gpus) if stage in SHARED else Stage(stage) for stage in options.stages
         ]
         places = [options.checkpoint, options.data, options.out]
-        name = options.name or f"{Path(options.checkpoint).name}-{benchmark.name}-step-{options.step}"
+        name = job_name(options, benchmark, options.step)
         work = Work(name, f"eval-{name}", stages, STAGES[1:], again, places, SNAPSHOT, options.slurm)
         queue(work, options.cluster)
         return 0
@@ -286,13 +292,29 @@ def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
         die_with_parent(signal.SIGTERM)  # else work whose launcher was killed would go on beside the next one
     for stage in options.stages:
         if stage in SHARED and options.tasks > 1 and options.task is None:
-            code = run_tasks([sys.executable, *again], stage, options.tasks)
+            rooms = room_of_models(visible_gpus() if options.gpus else [])
+            code = run_tasks([sys.executable, *again], stage, options.tasks, rooms)
             if code:
                 return code
             continue
         with ended_in_order():
             run_stage(stage, options, benchmark)
     return 0
+
+
+def job_name(options: Evaluation, benchmark: Benchmark, step: str) -> str:
+    """Of the Slurm jobs, before their stage."""
+    return options.name or f"{Path(options.checkpoint).name}-{benchmark.name}-step-{step}"
+
+
+def jobs_of(options: Evaluation, benchmark: Benchmark, planned: Planned) -> list[str]:
+    """Names of the Slurm jobs whose work is watched; none where this command would run here."""
+    from hpc_mm import slurm
+
+    if options.cluster not in ("auto", "slurm") or not slurm.is_here():
+        return []
+    name = job_name(options, benchmark, planned.step)
+    return [f"{name}-{stage}" for stage in options.stages if stage in SHARED]
 
 
 def script_words(words: Sequence[str], options: Evaluation, script: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import questions
 import samples
 import small_run
 
-from hpc_mm import benchmark, checkpoint, evaluate, metrics
+from hpc_mm import benchmark, checkpoint, evaluate, metrics, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError
 from hpc_mm.predictions import NAME
@@ -127,8 +128,11 @@ def test_captions_have_further_metrics(run_folder: Path, data: dict[str, str], t
     assert entry["others"] == {name: 100 * one.score for name, one in found.items() if name != "cider"}
 
 
-def test_processes_here_share_the_work(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+def test_processes_here_share_the_work(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A script of eval/ in processes of its own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = [f"checkpoint={run_folder}", f"data={data['vqav2']}", "split=test", "decoding.max_new_tokens=4", *WORDS]
     script = Path(evaluate.__file__).parents[1] / "eval" / "vqav2.py"
     done = script_run(script, *words, "tasks=2", f"out={tmp_path}/script")
@@ -276,6 +280,33 @@ def test_watching(run_folder: Path, data: dict[str, str], tmp_path: Path, capsys
     for entry in results(tmp_path)["scores"]:
         for trial in entry["trials"]:
             assert f"{trial['score']:.2f} ({trial['score']:.2f} to {trial['score']:.2f})" in said, "all are scored"
+
+
+def test_the_jobs_that_are_watched_are_those_that_answer(
+    run_folder: Path,
+    data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(VQA, run_folder, data, tmp_path / "out", "stage=plan") == 0
+    for more in ({}, {"name": "mine"}, {"selection": "rices"}):
+        words = ["cluster=print", *(f"{key}={value}" for key, value in more.items())]
+        given = {"checkpoint": str(run_folder), "data": data["vqav2"], "split": "test", "decoding": {}, **more}
+        planned = trials.read(f"{tmp_path}/out", evaluate.Choice((2,), (3, 4), 2048, ""))
+        monkeypatch.setenv("PATH", "/usr/bin:/bin")
+        capsys.readouterr()
+        assert run(VQA, run_folder, data, tmp_path / "out", *words) == 0
+        named = re.findall(r"--job-name=(\S+)", capsys.readouterr().out)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        watched = evaluate.jobs_of(evaluate.Evaluation(**given), VQA, planned)
+        assert watched == [name for name in named if not name.endswith("-collect")] and watched
+        assert evaluate.jobs_of(evaluate.Evaluation(**given, cluster="local"), VQA, planned) == []
+    monkeypatch.setenv("PATH", "")
+    assert evaluate.jobs_of(evaluate.Evaluation(**given), VQA, planned) == []
 
 
 # ---------------------------------------------------------------- mistakes
