@@ -6,7 +6,8 @@ Captions: five references per image, words as frequent as in English (Zipf), wit
 and hyphens. pycocoevalcap's side includes its Java program that splits them, once for all three in the last line.
 Answers: ten per question, tens of thousands of different ones; the peer is VQAEval.evaluate of open_flamingo, which is
 the code of other evaluation suites too. Ratings: eight images per prompt, scores that tie nowhere; the definition tries
-every eps on all pairs, by numpy, on a part of the prompts. Both sides' scores are compared. The best round counts; that peer has only one.
+every eps on all pairs, with numpy, on a part of the prompts. Both sides' scores are compared. The best round counts;
+open_flamingo and the definition have only one.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from hpc_mm.config import parse_arguments
 
 WORDS, REFERENCES, ANSWERS = 12_000, 5, 10  # different words; per image; per question
 DIFFERENT = 100_000  # answers of VQAv2
-RATED, BY_DEFINITION = 8, 1000  # images per prompt; prompts
+RATED, BY_DEFINITION = 8, 500  # images per prompt; prompts
 
 
 def words(count: int) -> list[str]:
@@ -146,7 +147,7 @@ def of_ratings(prompts: int, rounds: int) -> None:
     assert found == expected, (found, expected)
     line(f"tie calibration, {part:,} x {RATED}", ours, theirs, "the definition")
     ours, _ = best(rounds, lambda: metrics.tie_calibration(scores, human))
-    print(f"{f'tie calibration, {prompts:,} x {RATED}':34}{ours:8.3f} s")
+    print(f"{f'tie calibration, {prompts:,} x {RATED}':34}{ours:8.2f} s")
 
 
 def calibrated(scores: np.ndarray, human: np.ndarray) -> tuple[float, float]:

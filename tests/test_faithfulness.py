@@ -355,8 +355,17 @@ def test_a_true_text_must_score_higher_than_each_false_one(tmp_path: Path) -> No
     assert means("pairs", items, scores) == pytest.approx(
         {"accuracy": 2 / 4, "accuracy/colour": 1 / 2, "accuracy/relation": 1.0}
     )
-    even = results("pairs", [items[1], items[2]] * 8, [scores[1], scores[2]] * 8)["accuracy"]
-    assert even == pytest.approx(mean_interval([1, 0] * 8))  # a false text each: a plain mean's interval
+
+
+def test_intervals_know_that_pairs_of_one_image_go_together() -> None:
+    """Pairs of an image are all right or all wrong here: the share is as sure as that of the images."""
+    right, wrong = [[0.9, 0.1, 0.2]], [[0.1, 0.9, 0.9]]
+    apart = [Item(str(place), (f"{place}.png",), ("a", "b", "c")) for place in range(10)]
+    found = results("pairs", apart, [right, right, wrong, right, wrong] * 2)["accuracy"]
+    assert found == pytest.approx(mean_interval([1, 1, 0, 1, 0] * 2))
+    twice = [Item(item.id + end, item.images, item.texts) for item in apart for end in "ab"]
+    again = results("pairs", twice, [scores for scores in [right, right, wrong, right, wrong] * 2 for _ in "ab"])
+    assert again["accuracy"] == pytest.approx(found)
 
 
 def test_sugarcrepe_by_kind(tmp_path: Path) -> None:
@@ -399,7 +408,8 @@ def test_ratings_correlate_as_scipy_says(tmp_path: Path) -> None:
     assert found["score/DALLE_3"] == pytest.approx(scores[::3].mean())
     assert found["score/DALLE_3/basic"] == pytest.approx(scores[[0, 3]].mean())
     each = pairwise_accuracy_each(scores, human, tie_calibration(scores, human).eps)
-    assert results("genai_bench", items, scores[:, None, None])["pairwise_accuracy"] == mean_interval(each)
+    by_prompt = mean_interval(each.reshape(4, 3).mean(axis=1))
+    assert results("genai_bench", items, scores[:, None, None])["pairwise_accuracy"] == pytest.approx(by_prompt)
     assert "score/vq_diffusion" in means("tifa160", items_of("tifa160", tmp_path / "t"), scores[:10, None, None])
 
 
