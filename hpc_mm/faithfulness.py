@@ -82,7 +82,7 @@ def image_bytes(file: Path) -> bytes:
     if file.suffix != ".npy":
         return file.read_bytes()
     try:
-        pixels = np.load(file, allow_pickle=False)
+        pixels = np.lib.format.open_memmap(file, mode="r")  # no more than the file holds, whatever its head says
     except (ValueError, OSError, EOFError) as error:
         raise ConfigError(f"{file} is no array: {error}") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:

@@ -291,6 +291,9 @@ def test_annotations_that_are_not_of_each_other(tmp_path: Path) -> None:
     edited(tmp_path / "p/test_captions.json", lambda content: content.__delitem__(slice(490, None)))
     with pytest.raises(ConfigError, match="lacks 2 of the 100 captions: id 490"):
         read("pickapic", tmp_path / "p")
+    edited(tmp_path / "p/test_captions.json", lambda content: content.append(content[0]))
+    with pytest.raises(ConfigError, match="has 1 ids of other captions"):
+        read("pickapic", tmp_path / "p")
 
 
 @pytest.mark.parametrize(
@@ -323,10 +326,12 @@ def test_frames_in_arrays_become_images(tmp_path: Path) -> None:
     assert image_bytes(tmp_path / "other.png") == b"an image"
     np.save(tmp_path / "floats.npy", np.zeros((4, 6, 3)))
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    (tmp_path / "short.npy").write_bytes((tmp_path / "frame.npy").read_bytes()[:40])
+    np.savez(tmp_path / "several.npz", np.zeros(3))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    (tmp_path / "short.npy").write_bytes((tmp_path / "frame.npy").read_bytes()[:-1])
     pictures(tmp_path, ["none.npy", "empty.npy"])
     (tmp_path / "empty.npy").write_bytes(b"")
-    for name in ("floats", "objects", "short", "none", "empty"):
+    for name in ("floats", "objects", "several", "short", "none", "empty"):
         with pytest.raises(ConfigError, match=f"{name}.npy"):
             image_bytes(tmp_path / f"{name}.npy")
 
