@@ -26,7 +26,7 @@ def decode(data: bytes, spec: ImageSpec) -> NDArray[np.uint8]:
 
     ``square="crop"``: short side resized, centre cut; this is open_clip's evaluation transform (antialiased bicubic) up
     to normalisation, to one level of 255, two where it is enlarged. ``square="pad"``: on a square of the mean colour,
-    then resized; this is LLaVA's, with the same precision, but upright, which LLaVA's is not.
+    then resized; this is LLaVA's with the same precision (two levels at a few edges), but upright, as LLaVA's is not.
     A JPEG that stays at least 1.5 times as large as wanted is decoded at 1/2, 1/4 or 1/8 of its size by its DCT
     coefficients, which stays above 35 dB PSNR; one to be padded only where its border stays a whole number of pixels.
     Of an animation the first frame counts. Safe with threads, which run side by side.

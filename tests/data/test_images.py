@@ -104,7 +104,7 @@ def test_padding_equals_clips_image_processor_on_real_images(shared_data: Path) 
 
     sizes = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
     processor = CLIPImageProcessorPil(**sizes)
-    for data in real_images(shared_data):
+    for data in real_images(shared_data)[::2]:
         image = Picture.open(io.BytesIO(data)).convert("RGB")
         if max(image.size) >= 1.5 * 2 * 336:
             continue  # by draft
@@ -118,7 +118,7 @@ def test_a_square_picture_has_no_border() -> None:
     assert np.array_equal(decode(data, padding(32)), decode(data, spec(32)))
 
 
-@pytest.mark.parametrize(("width", "height"), [(60, 41), (41, 60), (640, 480), (480, 640), (641, 480)])
+@pytest.mark.parametrize(("width", "height"), [(60, 41), (41, 60), (330, 241)])
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_padding_is_of_the_upright_picture(width: int, height: int, turn: int) -> None:
     """Though it is the stored picture that is padded. After a quarter turn height is resized before width."""
@@ -149,7 +149,7 @@ def test_drafts_of_padded_real_images(shared_data: Path) -> None:
     found = [
         psnr(decode(data, padding(size)), padded_reference(data, size))
         for data in real_images(shared_data)
-        for size in (64, 96, 128)
+        for size in (64, 128)
     ]
     print(f"PSNR at least {min(found):.1f} dB; {sum(value < 60 for value in found)} of {len(found)} by draft")
     assert 37 <= min(found) < 60
