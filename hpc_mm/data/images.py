@@ -59,12 +59,9 @@ def on_square(pixels: Tensor, shown: tuple[float, float], turn: int, spec: Image
         for length, reversed_turns in zip(shown, REVERSED, strict=True)
     )
     colour = torch.tensor([*(int(255 * mean) for mean in spec.mean), 255], dtype=torch.uint8)[: pixels.shape[2]]
-    narrow = torch.cat(
-        [
-            resized(bordered(rows, 1, left, math.ceil(side), colour), (side, len(rows)), spec.size, len(rows))
-            for rows in pixels.split(ROWS)
-        ]
-    )
+    strips = (pixels[start : start + ROWS] for start in range(0, len(pixels), ROWS))
+    wide = (bordered(strip, 1, left, math.ceil(side), colour) for strip in strips)
+    narrow = torch.cat([resized(strip, (side, len(strip)), spec.size, len(strip)) for strip in wide])
     return resized(bordered(narrow, 0, top, math.ceil(side), colour), (spec.size, side), spec.size, spec.size)
 
 
