@@ -26,7 +26,7 @@ from hpc_mm.config import Flamingo, ImageSpec, Language, Train, Vision
 from hpc_mm.data.batch import IGNORED, Batch, Row, collate, interleaved_labels, normalised, vocabulary
 from hpc_mm.models.flamingo import FlamingoModel, load_tokenizer
 from hpc_mm.objectives.next_token import next_token
-from hpc_mm.train import parameter_groups
+from hpc_mm.optimizer import parameter_groups
 
 MAX_TOKENS, MAX_IMAGES = 256, 6  # of a document, as open_flamingo's recipe has them
 LAYERS = {"llama": "model.layers", "mpt": "transformer.blocks"}

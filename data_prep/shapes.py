@@ -2,9 +2,10 @@
 
     python data_prep/shapes.py out=FOLDER_OR_S3 seed=0
 
-Below ``out`` it writes the shards shapes/{train-documents,train-pairs,train-questions}, a benchmark of captions and
-questions (shapes/benchmark, whose split test is held-out scenes and whose split train is for demonstrations) and a
-tokenizer trained on the text (shapes/tokenizer.json).
+Below ``out`` it writes the shards shapes/{train-documents,train-pairs,train-questions,train-chats}, a benchmark of
+captions and questions (shapes/benchmark, whose split test is held-out scenes and whose split train is for
+demonstrations), one of true and false captions of held-out scenes (shapes/faithfulness) and tokenizers trained on the
+text (shapes/tokenizer.json, and for chats shapes/chat-tokenizer.json).
 It stands in for web-scale corpora where there is no network: small enough to learn in minutes, and no held-out scene
 description occurs in training.
 """
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 
 from PIL import Image as Picture
@@ -39,6 +41,7 @@ from hpc_mm.config import (
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.store import StoreError, open_store
+from hpc_mm.data.templates import QUESTION, SYSTEM
 from hpc_mm.site import in_store, read_site
 
 PIXELS = 64
@@ -71,6 +74,7 @@ class Shapes(Part):
     documents: Positive = Field(1500, description="interleaved training documents")
     pairs: Positive = Field(4000, description="training pairs of image and caption")
     questions: Positive = Field(1500, description="training documents of pictures with a question each")
+    chats: Positive = Field(12000, description="training chats of a picture, a question and its answer")
     demonstrations: Positive = Field(300, description="scenes of the benchmark's split train")
     heldout: Positive = Field(200, description="held-out scenes, the benchmark's split test")
 
@@ -296,6 +300,60 @@ def benchmark_image(seed: int, split: str, number: int) -> Sample:
     return Sample(name, (Image(render(scene, Random(f"{start}/picture"))),), metadata)
 
 
+# ---------------------------------------------------------------- true and false captions
+
+
+def wrong_color(scene: Scene, random: Random) -> Scene:
+    """The scene with one thing in a colour that no thing of it has."""
+    place = random.randrange(len(scene.things))
+    color = random.choice([name for name in COLORS if name not in {thing.color for thing in scene.things}])
+    things = [replace(thing, color=color) if i == place else thing for i, thing in enumerate(scene.things)]
+    return replace(scene, things=tuple(things))
+
+
+def wrong_relation(scene: Scene, random: Random) -> Scene | None:
+    """The scene with its two things elsewhere: in each other's places, or above instead of beside."""
+    if len(scene.things) != 2 or scene.things[0] == scene.things[1]:
+        return None
+    first, second = scene.things
+    return random.choice([replace(scene, things=(second, first)), replace(scene, vertical=not scene.vertical)])
+
+
+def wrong(scene: Scene, random: Random) -> Scene:
+    other = wrong_relation(scene, random) if random.random() < 0.6 else None
+    return other or wrong_color(scene, random)
+
+
+def chat(seed: int, number: int) -> Sample:
+    """A picture with a question and its answer: whether it shows a caption, or one of those about its things."""
+    random = Random(f"{seed}/chat/{number}")
+    scene = draw_scene(random, held_out=False)
+    if random.random() < 0.8:
+        true = random.random() < 0.5
+        claimed = scene if true else wrong(scene, random)
+        question = QUESTION.format(claimed.references[random.random() < 0.2])  # those that tell a relation
+        answer = "Yes" if true else "No"
+    else:
+        _, question, answer, _ = random.choice(list(questions_about(scene)))
+        question += "\nAnswer the question using a single word or phrase."
+    parts = (Image(render(scene, random), role="user"), Text(f"\n{question}", "user"), Text(answer, "assistant"))
+    return Sample(f"chat{number:06d}", parts, {"scene": facts(scene)})
+
+
+def write_faithfulness(out: str, seed: int, count: int) -> None:
+    """Held-out scenes as images, each with its caption and false ones: another colour, another relation."""
+    store, lines = open_store(in_store("shapes/faithfulness", out), make=True), []
+    for number in range(count):
+        random = Random(f"{seed}/faithfulness/{number}")
+        scene, name = draw_scene(random, held_out=True), f"images/{number:06d}.png"
+        others = [wrong_color(scene, random), wrong_relation(scene, random)]
+        false = [other.caption for other in others if other is not None]
+        store.write(name, render(scene, random))
+        lines.append(json.dumps({"id": f"{number:06d}", "image": name, "true": scene.caption, "false": false}) + "\n")
+    store.write("pairs.jsonl", "".join(lines).encode())
+    Console().print(f"shapes/faithfulness: {count} images", highlight=False)
+
+
 # ---------------------------------------------------------------- tokenizer
 
 
@@ -353,7 +411,11 @@ def make_corpus(options: Shapes) -> None:
     ):
         texts += write_corpus(out, name, (make(seed, number) for number in range(wanted)))
     write_benchmark(out, seed, train=options.demonstrations, test=options.heldout)
+    write_faithfulness(out, seed, options.heldout)
     open_store(in_store("shapes", out)).write("tokenizer.json", train_tokenizer(texts).to_str(pretty=True).encode())
+    chats = write_corpus(out, "train-chats", (chat(seed, number) for number in range(options.chats)))
+    tokenizer = train_tokenizer([*chats, *[SYSTEM] * len(chats)])  # the system's words stand in every chat
+    open_store(in_store("shapes", out)).write("chat-tokenizer.json", tokenizer.to_str(pretty=True).encode())
 
 
 def main(arguments: list[str]) -> int:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hpc_mm import checkpoint
 from hpc_mm.benchmark import Decoding
@@ -91,23 +91,37 @@ def device_of(task: int) -> str:
     return f"cuda:{task % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
+def check_family(run: Run) -> None:
+    """ConfigError where the run's models answer no questions."""
+    if run.model.family not in FAMILIES:
+        raise ConfigError(f"model.family={run.model.family} writes no answers here; known: {', '.join(FAMILIES)}")
+
+
 def load(weights: Weights, running: Running) -> Answerer:
     return FAMILIES[weights.run.model.family](weights, running)
 
 
-def flamingo(weights: Weights, running: Running) -> Answerer:
-    from hpc_mm.answering import FlamingoAnswers
-    from hpc_mm.models.flamingo import build, load_tokenizer
+def trained(weights: Weights, precision: Literal["bf16", "fp32"]) -> tuple[Any, Any]:
+    """The model with these weights, on the CPU, and its tokenizer. ConfigError where they are of another model."""
+    from hpc_mm.families import family_of, initial
 
-    run = weights.run
-    tokenizer = load_tokenizer(run.model.language)
-    config = run.model.model_copy(update={"compile": False})  # lengths differ from batch to batch
-    model = build(config, tokenizer, run.train.seed, running.precision)
+    # lengths differ from batch to batch, so there is nothing to compile for
+    run = with_overrides(weights.run, {"model.compile": "false", "precision": precision})
+    family = family_of(run)
+    tokenizer = family.load_tokenizer(run.model.language)
+    model = initial(run, family, tokenizer)
     if weights.checkpoint is not None:
         try:
             checkpoint.load_weights(model, weights.checkpoint)
         except checkpoint.DamagedCheckpoint as error:
             raise ConfigError(f"{error}: run.json does not describe it any more") from None
+    return model, tokenizer
+
+
+def flamingo(weights: Weights, running: Running) -> Answerer:
+    from hpc_mm.answering import FlamingoAnswers
+
+    model, tokenizer = trained(weights, running.precision)
     return FlamingoAnswers(model, tokenizer, running.device, running.batch, running.keep_bytes, running.precision)
 
 

@@ -172,7 +172,7 @@ def _srun_options(run: Run, submission: Submission) -> list[str]:
 def _folders(run: Run, submission: Submission) -> list[str]:
     """What a job reads and writes on the node's file systems, each as the folder that holds it."""
     model = run.model
-    files = [model.language.name, model.language.tokenizer, model.vision.pretrained, model.weights]
+    files = [model.language.name, model.language.tokenizer, model.vision.pretrained, model.weights, run.start]
     found = {str(submission.run_folder.parent), *(source.data for source in run.sources.values()), run.loader.cache}
     found |= {str(Path(file).parent) for file in files}
     return sorted(folder for folder in found if folder.startswith("/"))

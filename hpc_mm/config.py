@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -66,6 +66,8 @@ TrainablePart = Literal["vision", "language", "resampler", "cross_attention", "n
 class Flamingo(Part):
     """OpenFlamingo's architecture (arXiv 2308.01390)."""
 
+    FORMS: ClassVar = ("interleaved", "pairs")  # of sources
+
     family: Literal["flamingo"] = "flamingo"
     vision: Vision = Vision()
     language: Language = Language()
@@ -92,6 +94,8 @@ class Lora(Part):
 
 class ClipFlanT5(Part):
     """CLIP-FlanT5: projected image patches among the input embeddings of a T5 encoder-decoder (arXiv 2404.01291)."""
+
+    FORMS: ClassVar = ("chat",)
 
     family: Literal["clip_flant5"] = "clip_flant5"
     vision: Vision = Field(description="the image tower")
@@ -184,7 +188,7 @@ class Train(Part):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.1, description="on matrices of cross-attention and of trained towers; elsewhere 0"
     )
-    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="global gradient norm")
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0 = no clipping")
     seed: int = Field(42, ge=0, description="of weights, data order and everything drawn")
     log_every: Positive = Field(10, description="optimizer steps between lines of metrics.jsonl")
     save_every: Positive = Field(1000, description="optimizer steps between checkpoints")
@@ -275,6 +279,25 @@ class Run(Part):
             raise ValueError(f"evaluate.every={every} must be a multiple of train.save_every={saved}")
         if every and not self.evaluate.benchmarks:
             raise ValueError(f'evaluate.every={every} wants a benchmark: evaluate.benchmarks.coco="data=... shots=4"')
+        return self
+
+    @model_validator(mode="after")
+    def sources_are_of_the_model(self) -> Run:
+        forms = self.model.FORMS
+        for name, source in self.sources.items():
+            if source.form not in forms:
+                raise ValueError(f"sources.{name}.form={source.form}: {self.model.family} takes {' or '.join(forms)}")
+        return self
+
+    @model_validator(mode="after")
+    def a_projector_is_there(self) -> Run:
+        model = self.model
+        learns = isinstance(model, ClipFlanT5) and "language" in model.trainable and model.language.name
+        if learns and not self.start and not model.weights:
+            raise ValueError(
+                "the language model learns from a projector that is trained already: give start=RUN of a first "
+                "stage, or model.weights=mm_projector.bin"
+            )
         return self
 
     @field_validator("sources")

@@ -98,6 +98,8 @@ def show(run: Run, submission: Submission) -> int:
     loaded = {language.tokenizer or language.name, language.name, "" if vision.architecture else vision.name}
     for address in sorted(loaded - {""}):
         print(f"#   that {address} can be loaded")
+    if run.start:
+        print(f"#   that {run.start} has a checkpoint of such a model")
     for name in run.evaluate.benchmarks if run.evaluate.every else ():
         print(f"#   that {name} has whole shards to be evaluated on, every {run.evaluate.every} steps")
     print(
@@ -130,7 +132,15 @@ def queue(run: Run, folder: Path) -> int:
     from hpc_mm import slurm
     from hpc_mm.command import sbatch_script
     from hpc_mm.config import ConfigError
-    from hpc_mm.submission import frozen_tokenizer, last_submission, locked, next_submission, withdraw, write
+    from hpc_mm.submission import (
+        frozen_tokenizer,
+        last_submission,
+        locked,
+        next_submission,
+        with_start,
+        withdraw,
+        write,
+    )
 
     slurm.check(run, sbatch_script(run, next_submission(folder)))
     if run.evaluate.every:
@@ -138,7 +148,7 @@ def queue(run: Run, folder: Path) -> int:
 
         scheduled.check_jobs(run, next_submission(folder))
     check_data(run, folder)
-    run, tokenizer = frozen_tokenizer(run, folder)
+    run, tokenizer = frozen_tokenizer(with_start(run, folder), folder)
     with locked(folder):
         slurm.refuse_if_active(last_submission(folder))
         announce(run, tokenizer, folder)
@@ -160,11 +170,11 @@ def queue(run: Run, folder: Path) -> int:
 def here(run: Run, folder: Path) -> int:
     """Check everything, freeze the run, and train on this machine until it ends."""
     from hpc_mm import local, slurm
-    from hpc_mm.submission import frozen_tokenizer, last_submission, locked, next_submission, write
+    from hpc_mm.submission import frozen_tokenizer, last_submission, locked, next_submission, with_start, write
 
     local.check(run)
     check_data(run, folder)
-    run, tokenizer = frozen_tokenizer(run, folder)
+    run, tokenizer = frozen_tokenizer(with_start(run, folder), folder)
     with locked(folder) as lock:
         slurm.refuse_if_active(last_submission(folder))
         announce(run, tokenizer, folder)

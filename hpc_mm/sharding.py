@@ -73,14 +73,14 @@ def _prepare_fsdp(accelerator: Any, run: Run) -> None:
 
 
 def update(accelerator: Any, objective: Any, optimizer: Any, clip: float) -> float:
-    """Clip and step, where DeepSpeed has not done both inside backward already; the global gradient norm.
+    """Clip (0 = do not) and step, where DeepSpeed has not done both inside backward already; the global gradient norm.
 
     A norm that is not finite is told as inf or nan, on all ranks alike, and no weight is changed.
     """
     if accelerator.distributed_type == "DEEPSPEED":
         norm = float(objective.get_global_grad_norm())
         return math.inf if accelerator.optimizer_step_was_skipped or norm < 0 else norm  # -1 is its NaN
-    norm = float(accelerator.clip_grad_norm_(objective.parameters(), clip))
+    norm = float(accelerator.clip_grad_norm_(objective.parameters(), clip or math.inf))
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()

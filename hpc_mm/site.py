@@ -88,7 +88,15 @@ def at_site(run: Run, site: Site) -> Run:
     for part, key in ((model["language"], "name"), (model["language"], "tokenizer"), (model["vision"], "pretrained")):
         part[key] = _whole_path(part[key])
     model["weights"] = _whole_path(model["weights"])
+    values["start"] = run_folder(values["start"], site)
     return validated(Run, values)  # type: ignore[no-any-return]
+
+
+def run_folder(name: str, site: Site) -> str:
+    """The folder of a run that is named by it, or by its name among the site's runs; nothing stays nothing."""
+    if not name or (Path(name).expanduser() / "run.json").exists():
+        return _whole_path(name)
+    return str(Path(site.runs).expanduser().resolve() / Path(name).expanduser())
 
 
 def _whole_path(name: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hpc_mm.checkpoint import LATEST, chosen
 from hpc_mm.command import ROOT, Submission, strategy_file
 from hpc_mm.config import ConfigError, Run, differences, read_run
 
@@ -19,6 +20,7 @@ MAY_CHANGE = (
     *("slurm.", "loader.", "evaluate.", "tracking.", "nodes:", "gpus_per_node:", "strategy:"),
     *("train.accumulate:", "train.log_every:", "train.save_every:", "train.keep:", "train.keep_every:"),
 )
+SAME_MODEL = ("vision.", "language.name", "language.architecture")  # of a run that another one begins with
 SNAPSHOT = ("hpc_mm", "accelerate_configs", "eval", "sbatch")  # all that a job reads of the checkout
 
 
@@ -70,6 +72,31 @@ def frozen_tokenizer(run: Run, folder: Path) -> tuple[Run, bytes | None]:
     values = run.model_dump()
     values["model"]["language"]["tokenizer"] = str(folder / "tokenizer.json")
     return Run.model_validate(values), content
+
+
+def with_start(run: Run, folder: Path) -> Run:
+    """The run with the checkpoint that it begins with, which stays the same at every launch.
+
+    ConfigError where ``run.start`` has none, or one of another model.
+    """
+    if not run.start:
+        return run
+    before = read_run(folder).start if (folder / "run.json").exists() else ""
+    if before and Path(before).is_relative_to(run.start):
+        return run.model_copy(update={"start": before})
+    try:
+        old = read_run(run.start)
+        found = chosen(Path(run.start), LATEST)
+    except ConfigError as error:
+        raise ConfigError(f"start: {error}") from None
+    if old.model.family != run.model.family:
+        raise ConfigError(f"start={run.start} is a run of {old.model.family}, not of {run.model.family}")
+    other = [line for line in differences(old.model, run.model) if line.startswith(SAME_MODEL)]
+    if other:
+        raise ConfigError(f"start={run.start} is a run of another model: {'; '.join(other)}")
+    if run.model.family == "clip_flant5" and "projector" not in old.model.trainable:
+        raise ConfigError(f"start={run.start} has trained {', '.join(old.model.trainable)}, and no projector")
+    return run.model_copy(update={"start": str(found)})
 
 
 def changes(run: Run, tokenizer: bytes | None, folder: Path) -> list[str] | None:

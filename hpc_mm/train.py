@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from hpc_mm import attempt, checkpoint, evaluations, sharding
-from hpc_mm.config import ConfigError, Run, Train, parse_arguments, read_run, unknown
+from hpc_mm.config import ConfigError, Run, parse_arguments, read_run, unknown
 from hpc_mm.data.batch import Batch
 from hpc_mm.data.stream import make_loader
 from hpc_mm.deadline import Deadline, die_with_parent
+from hpc_mm.families import Family, Model, family_of, initial
 from hpc_mm.meter import Records, memory_gb, peak_flops
-from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
-from hpc_mm.objectives.next_token import next_token
+from hpc_mm.optimizer import learning_rate, parameter_groups
 
 logger = logging.getLogger("hpc_mm.train")  # __name__ is __main__ on a rank
 
 MicroBatch = dict[str, Batch]  # by source
 
 # One row per source of what a step is made of, summed over ranks and micro-steps.
-COUNTS = ("targets", "samples", "tokens", "padded_tokens", "images", "unreadable", "left_out", "flops")
+COUNTS = ("targets", "samples", "tokens", "padded_tokens", "images", "unreadable", "left_out", "cut", "flops")
 UNREADABLE_GRACE = 10  # unreadable samples of a source that never stop a run, whatever their share
 
 
@@ -39,15 +39,14 @@ class TrainingStopped(Exception):
 class Objective(nn.Module):
     """What accelerate wraps: all sources of a micro-step in one forward, so that there is one backward."""
 
-    _no_split_modules = ("ConditionedLayer",)  # what FSDP gathers at a time: a decoder layer with its cross-attention
-
-    def __init__(self, model: FlamingoModel) -> None:
+    def __init__(self, model: nn.Module, family: Family) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, family.loss
+        self._no_split_modules = family.layers  # accelerate asks for it under FSDP
 
     def forward(self, batches: MicroBatch) -> Tensor:
-        """Cross-entropy sums, one per source: (S,)."""
-        return torch.stack([next_token(self.model, batch) for batch in batches.values()])
+        """Sums of losses, one per source: (S,)."""
+        return torch.stack([self.loss(self.model, batch) for batch in batches.values()])
 
 
 @dataclass
@@ -83,25 +82,13 @@ class Window:
 # ---------------------------------------------------------------- pure functions
 
 
-def learning_rate(train: Train, step: int) -> float:
-    """Rate of optimizer step ``step`` (from 0): linear warm-up, then constant, linear or cosine decay to 0."""
-    if step < train.warmup:
-        return train.learning_rate * step / train.warmup
-    done = (step - train.warmup) / max(1, train.steps - train.warmup)
-    if train.schedule == "linear":
-        return train.learning_rate * max(0.0, 1.0 - done)
-    if train.schedule == "cosine":
-        return train.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-    return train.learning_rate
-
-
-def count(model: FlamingoModel, micro_batches: Sequence[MicroBatch]) -> Tensor:
+def count(model: Model, micro_batches: Sequence[MicroBatch]) -> Tensor:
     """This rank's row of COUNTS per source: (S, len(COUNTS)) float64, exact for counts below 2**53."""
     rows = [[_count(model, batch) for batch in batches.values()] for batches in micro_batches]
     return torch.tensor(rows, dtype=torch.float64).sum(0)
 
 
-def _count(model: FlamingoModel, batch: Batch) -> list[float]:
+def _count(model: Model, batch: Batch) -> list[float]:
     tokens, images = batch.tokens, len(batch.images)
     return [
         batch.targets,
@@ -111,17 +98,9 @@ def _count(model: FlamingoModel, batch: Batch) -> list[float]:
         images,
         len(batch.unreadable),
         len(batch.left_out),
+        len(batch.cut),
         model.training_flops(tokens, batch.pairs, images, batch.targets),
     ]
-
-
-def parameter_groups(model: FlamingoModel, train: Train) -> list[dict[str, Any]]:
-    """Trainable parameters with and without weight decay; the model says which."""
-    learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in learning if model.decays(name, parameter)]
-    others = [parameter for name, parameter in learning if not model.decays(name, parameter)]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 # ---------------------------------------------------------------- one rank
@@ -132,9 +111,10 @@ class Training:
 
     def __init__(self, run: Run, folder: Path, deadline: Deadline) -> None:
         self.run, self.folder, self.deadline = run, folder, deadline
-        tokenizer = load_tokenizer(run.model.language)
+        family = family_of(run)
+        tokenizer = family.load_tokenizer(run.model.language)
         # Before accelerate: under ZeRO-3 it tells transformers to make empty, already divided parameters.
-        self.model = build(run.model, tokenizer, run.train.seed, run.precision)
+        self.model = initial(run, family, tokenizer)
         self.accelerator = sharding.make_accelerator(run)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, run.train),
@@ -143,10 +123,10 @@ class Training:
             eps=run.train.epsilon,
             fused=True,  # one pass over memory; under offload accelerate puts DeepSpeed's own in its place
         )
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model), optimizer)
+        self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, family), optimizer)
         self.objective.train()
         self.progress = self.resumed() or Progress(totals={name: dict.fromkeys(COUNTS, 0) for name in run.sources})
-        awaited = evaluations.awaited(run, folder)
+        awaited = evaluations.awaited(folder, Path.cwd().parent)
         self.saver = checkpoint.Saver(self.accelerator, folder, run.train.keep, run.train.keep_every, awaited)
         self.deadline.saved(self.progress.slowest_save)
         self.saved = self.progress.step  # of the newest checkpoint that was begun
@@ -333,8 +313,8 @@ class Training:
             for name, row in zip(self.run.sources, window.counts.tolist(), strict=True)
         }
         for name, row in counts.items():
-            for key, value in row.items():
-                self.progress.totals[name][key] += value
+            totals = self.progress.totals[name]
+            totals.update({key: totals.get(key, 0) + value for key, value in row.items()})
         if self.records is not None:
             self.records.write(self.record(window, losses, counts, seconds, rate, norm))
         self.judge()
@@ -367,8 +347,10 @@ class Training:
             "padding": 1 - total["tokens"] / max(1, total["padded_tokens"]),
             "memory_gb": memory_gb(self.accelerator.device),
             "skipped": self.progress.skipped,
-            "unreadable": int(sum(row["unreadable"] for row in self.progress.totals.values())),
-            "left_out": int(sum(row["left_out"] for row in self.progress.totals.values())),
+            **{
+                key: int(sum(row.get(key, 0) for row in self.progress.totals.values()))
+                for key in ("unreadable", "left_out", "cut")
+            },
         }
 
     def judge(self) -> None:

@@ -19,10 +19,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from hpc_mm import checkpoint, sharding
 from hpc_mm.config import Language, Run, with_overrides
 from hpc_mm.data.batch import Row, collate, to_row, vocabulary
+from hpc_mm.families import family_of
 from hpc_mm.models import token_head
 from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
+from hpc_mm.optimizer import parameter_groups
 from hpc_mm.recipes.toy import toy
-from hpc_mm.train import MicroBatch, Objective, parameter_groups
+from hpc_mm.train import MicroBatch, Objective
 
 BAD_STEP, SAVED_STEP, LAST_STEP = 2, 4, 6
 TINY = {
@@ -90,7 +92,7 @@ class Rank:
         self.accelerator = sharding.make_accelerator(run)
         # Such an epsilon keeps the rounding of small gradients from deciding the sign of a whole update.
         optimizer = torch.optim.AdamW(parameter_groups(model, run.train), lr=5e-3, eps=1e-2, fused=True)
-        objective, optimizer = self.accelerator.prepare(Objective(model), optimizer)
+        objective, optimizer = self.accelerator.prepare(Objective(model, family_of(run)), optimizer)
         objective.train()
         self.parts = (self.accelerator, objective, optimizer)
 

@@ -7,7 +7,8 @@ from transformers import (
 )
 
 from hpc_mm.config import Train
-from hpc_mm.train import learning_rate, main
+from hpc_mm.optimizer import learning_rate
+from hpc_mm.train import main
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -1,0 +1,56 @@
+"""CLIP-FlanT5 at toy size on two CPU cores, first stage: the projector learns to caption the shapes corpus."""
+
+from hpc_mm.config import ClipFlanT5, Language, Loader, Run, Slurm, Source, Train, Vision
+
+
+def clip_flant5_toy_stage1() -> Run:
+    return Run(
+        name="clip_flant5_toy_stage1",
+        model=ClipFlanT5(
+            vision=Vision(
+                architecture={"image_size": 64, "patch_size": 16, "layers": 3, "width": 128, "head_width": 32},
+                tokens="penultimate",
+            ),
+            language=Language(
+                tokenizer="store:shapes/chat-tokenizer.json",
+                architecture={
+                    "model_type": "t5",
+                    "d_model": 128,
+                    "d_kv": 32,
+                    "d_ff": 384,
+                    "num_layers": 3,
+                    "num_decoder_layers": 2,
+                    "num_heads": 4,
+                    "feed_forward_proj": "gated-gelu",
+                    "tie_word_embeddings": False,
+                },
+            ),
+            dropout=0.0,
+            trainable=("projector",),
+        ),
+        sources={
+            "captions": Source(
+                data="shapes/train-pairs",
+                form="chat",
+                template="t5_plain_split_text",
+                batch=32,
+                max_tokens=128,
+                max_images=1,
+            )
+        },
+        train=Train(
+            steps=100,
+            learning_rate=1e-2,
+            schedule="cosine",
+            warmup=10,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            save_every=25,
+        ),
+        loader=Loader(workers=0),
+        strategy="zero2",
+        precision="fp32",  # a CPU without bf16 units is three times slower in bf16
+        nodes=2,
+        gpus_per_node=0,
+        slurm=Slurm(time="30:00", cpus_per_task=1, memory="4G"),
+    )
