@@ -154,9 +154,7 @@ class Source(Part):
         if self.form != "chat" and self.template is not None:
             raise ValueError(f"template={self.template} is for form=chat alone; form={self.form} has none")
         if self.form == "chat" and self.pack_tokens:
-            raise ValueError(
-                f"pack_tokens={self.pack_tokens} must be 0 with form=chat, whose rows hold one sample each"
-            )
+            raise ValueError(f"pack_tokens={self.pack_tokens} must be 0 with form=chat, of one sample per row")
         return self
 
     @model_validator(mode="after")
