@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from hpc_mm.grammar import ConfigError as ConfigError  # everybody's way to the words of grammar is through here
 from hpc_mm.grammar import Part as Part
 from hpc_mm.grammar import differences as differences
-from hpc_mm.grammar import one_line
+from hpc_mm.grammar import one_line as one_line
 from hpc_mm.grammar import parse_arguments as parse_arguments
 from hpc_mm.grammar import unknown as unknown
 from hpc_mm.grammar import validated as validated
