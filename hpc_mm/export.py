@@ -2,8 +2,8 @@
 
 The folder holds ``model.safetensors`` (in several files with an index above 5 GB) with every trained parameter by its
 name in the model, ``run.json``, and the run's tokenizer where it has one of its own; of a run with LoRA also
-``adapter``, the folder that ``peft.PeftModel.from_pretrained`` puts upon the language model. Frozen weights are those of the
-models that run.json names. ``model.weights=FOLDER`` starts another run from it.
+``adapter``, the folder that ``peft.PeftModel.from_pretrained`` puts upon the language model. Frozen weights are those
+of the models that run.json names. ``model.weights=FOLDER`` starts another run from it.
 """
 
 from __future__ import annotations
