@@ -1,8 +1,8 @@
 """``python -m hpc_mm.export run=runs/toy out=FOLDER``: a checkpoint's trained weights as one safetensors folder.
 
 The folder holds ``model.safetensors`` (in several files with an index above 5 GB) with every trained parameter by its
-name in the model, ``run.json``, and the run's tokenizer where it has one of its own; of a run with LoRA also ``adapter``,
-the folder that ``peft.PeftModel.from_pretrained`` puts upon the language model. Frozen weights are those of the
+name in the model, ``run.json``, and the run's tokenizer where it has one of its own; of a run with LoRA also the folder
+``adapter``, which ``peft.PeftModel.from_pretrained`` puts upon the language model. Frozen weights are those of the
 models that run.json names. ``model.weights=FOLDER`` starts another run from it.
 """
 

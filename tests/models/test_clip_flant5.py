@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, PeftModelForSeq2SeqLM
 from tiny_t5 import (
     FLAN,
     PATCHES,
@@ -49,7 +50,7 @@ def open_updates(model: ClipFlanT5Model) -> None:
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
 # ---------------------------------------------------------------- parity
