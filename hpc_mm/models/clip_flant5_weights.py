@@ -122,11 +122,11 @@ def _name(model: ClipFlanT5Model, key: str) -> str:
 
 def _take(ours: Mapping[str, Tensor], found: set[str], name: str, value: Tensor, said: str) -> None:
     """Copy one weight, or, of a table that came already, see that it is the same."""
-    if name not in found:
+    if name not in found or ours[name].shape != value.shape:
         copy_into(ours, name, value, said)
         found.add(name)
     elif not torch.equal(ours[name], value.to(ours[name].dtype)):
-        raise ConfigError(f"{said} differs from {name.removeprefix('language.')}, of which it should be a copy")
+        raise ConfigError(f"{said} differs from another copy of the same table")
 
 
 def _load_tower(model: ClipFlanT5Model, tower: Mapping[str, Tensor], folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, PeftModelForSeq2SeqLM
 from tiny_t5 import (
     FLAN,
     PATCHES,
@@ -49,7 +50,7 @@ def open_updates(model: ClipFlanT5Model) -> None:
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
 # ---------------------------------------------------------------- parity
@@ -230,10 +231,9 @@ def test_gradient_checkpointing_changes_nothing(tokenizer: str, values: dict[str
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compilation_changes_nothing(tokenizer: str, checkpointing: bool) -> None:
-    values: dict[str, Any] = {"dropout": 0.0, "gradient_checkpointing": checkpointing}
-    plain, compiled = made(configured(tokenizer, **values)), made(configured(tokenizer, **values))
+def test_compilation_changes_nothing(tokenizer: str) -> None:
+    small = {**FLAN, "num_layers": 1}
+    plain, compiled = (made(configured(tokenizer, small, dropout=0.0, gradient_checkpointing=True)) for _ in range(2))
     compiled.compile_parts(backend="aot_eager")
     for model in (plain, compiled):
         model(*rows()).backward()
@@ -316,6 +316,7 @@ def test_lora_starts_as_the_model_without_and_ends_as_the_merged_one(tokenizer: 
     torch.testing.assert_close(logits(model), logits(plain), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks it
 def test_peft_reads_the_updates(tokenizer: str, tmp_path: Path) -> None:
     model = made(configured(tokenizer, lora=LORA)).eval()
     open_updates(model)
