@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -117,16 +118,16 @@ def text_of(reader: ShardReader, shard: str, sample: int) -> Sample | None:
 
 
 def row_of(sample: Sample | None, source: Source, tokenizer: Any) -> tuple[int, int, int, int]:
-    """A sample's columns. Where a template splits texts by chance, as in epoch 0 of seed 0: the sum is what counts."""
-    from hpc_mm.data.batch import LeftOut, Unusable
+    """A sample's columns. Where a template splits texts by chance, other epochs have about the same sum."""
+    from hpc_mm.data.batch import LeftOut
     from hpc_mm.data.chat import chat_ids
 
     if sample is None:
         return 0, 0, 0, 0
     words = sum(len(part.text.split()) for part in sample.parts if isinstance(part, Text))
     try:
-        ids, labels = chat_ids(sample, source, tokenizer, 0, 0)
-    except (LeftOut, Unusable):
+        ids, labels, _ = chat_ids(sample, source, tokenizer, random.Random(sample.id))
+    except LeftOut:
         return 0, 0, len(sample.images), words
     images = int((ids == IMAGE_PLACE).sum())
     return len(ids) - images, len(labels), images, words
