@@ -18,7 +18,8 @@ Value = TypeVar("Value")
 
 CACHED_EPOCHS, CACHED_WINDOWS, CACHED_POOLS = 2, 4, 4  # what stays in memory: 8 bytes per shard, and per sample
 SHARD_ORDER, SAMPLE_ORDER, STEP_ORDER = 0, 1, 2  # what a permutation is drawn for
-POOL = 64  # steps whose samples are sorted by length together
+POOL = 256  # steps whose samples are sorted by their tokens together
+GROUP = 2  # neighbouring steps of those whose samples are sorted by the encoder's tokens
 
 
 class Place(NamedTuple):
@@ -188,8 +189,8 @@ class ByLength:
 
     Samples of each modality are a stream of their own; a step takes the next ``batch`` samples of the one whose turn it
     is, such that both get through their epochs at one pace and no sample is left over. The samples of POOL such steps
-    are sorted by tokens, cut into steps, and these permuted. A step's samples are in the order of their encoder's
-    tokens; all have about as many tokens in sum, so a run of them is of like length on the decoder's side too.
+    are sorted by tokens, those of each GROUP of steps, which now have about as many tokens, by their encoder's, so that
+    neighbours are alike on the decoder's side too; that is cut into steps, and these are permuted.
     """
 
     def __init__(
@@ -224,9 +225,9 @@ class ByLength:
         """(steps, batch, 2): epoch and number of the samples of a pool's steps, one epoch after the other."""
         size = steps * self.batch
         found = self.modalities[which].run(pool * size, (pool + 1) * size)
-        found = found[np.lexsort((self.tokens[found[:, 1]], found[:, 0]))].reshape(steps, self.batch, 2)
-        rows = np.argsort(self.encoder[found[..., 1]], axis=1, kind="stable")
-        found = np.take_along_axis(found, rows[..., None], axis=1)
+        found = found[np.lexsort((self.tokens[found[:, 1]], found[:, 0]))]
+        group = np.arange(size) // (GROUP * self.batch)
+        found = found[np.lexsort((self.encoder[found[:, 1]], group))].reshape(steps, self.batch, 2)
         return found[permutation(steps, self.seed, pool, STEP_ORDER, which)]
 
 
