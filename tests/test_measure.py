@@ -79,7 +79,7 @@ def test_tasks_make_the_same_files_and_a_frozen_run_too(store: FolderStore, tmp_
     assert 0 < len(files(store)) < len(whole)
     assert measure.main(words(tasks="3", task="0")) == measure.main(words(tasks="3", task="2")) == 0
     assert files(store) == whole
-    store.delete(list(whole)[0])  # the other task finds nothing to do, and ends at once
+    store.delete(next(iter(whole)))  # the other task finds nothing to do, and ends at once
     (tmp_path / "runs" / RECIPE).mkdir(parents=True)
     (tmp_path / "runs" / RECIPE / "run.json").write_text(the_run().model_dump_json())
     assert measure.main([f"run={tmp_path / 'runs' / RECIPE}", "cluster=local", "tasks=2"]) == 0
