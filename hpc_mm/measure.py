@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from hpc_mm.arrays import Stage, Work, queue, run_tasks, wants_slurm
+from hpc_mm.arrays import Stage, Work, queue, room_of_cores, run_tasks, wants_slurm
 from hpc_mm.config import ConfigError, Part, Positive, Run, parse_arguments, read_run, validated, with_overrides
 from hpc_mm.data.lengths import count, goes_by_length, name_of, shards_to_do
 from hpc_mm.data.shards import BrokenShard, read_manifest
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.task is None and options.tasks > 1:
             words = [f"tasks={options.tasks}", "cluster=local", *words_of(run, options, given)]
-            return run_tasks([sys.executable, "-m", "hpc_mm.measure", *words], STAGE, options.tasks)
+            return run_tasks([sys.executable, "-m", "hpc_mm.measure", *words], STAGE, options.tasks, room_of_cores())
         if options.task is not None and LAUNCHER in os.environ:
             die_with_parent(signal.SIGTERM)
         with ended_in_order():

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import random
+from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
