@@ -33,9 +33,10 @@ from transformers import PreTrainedTokenizerFast
 
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, PAD_TOKEN, ImageSpec, Loader, Source, parse_arguments
 from hpc_mm.data.images import decode
+from hpc_mm.data.order import Place
 from hpc_mm.data.shards import ShardReader
 from hpc_mm.data.store import open_store
-from hpc_mm.data.stream import Place, Steps, make_loader
+from hpc_mm.data.stream import Steps, make_loader
 from hpc_mm.index import index_foreign
 
 ROUNDS, WORKERS, BATCH, SHARDS, DISTINCT = 3, 2, 64, 8, 32

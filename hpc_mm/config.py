@@ -131,6 +131,10 @@ class Source(Part):
         description="samples of a step: any, those of like length with or without images, or by LLaVA's "
         "group_by_modality_length",
     )
+    chunk: Positive = Field(
+        1,
+        description="of order=modality_length: samples of a chunk (LLaVA's batch per device), which get equal lengths",
+    )
     batch: Positive = Field(description="samples per optimizer step, over all ranks")
     batch_from: dict[Positive, Annotated[int, Field(ge=0)]] = Field(
         {}, description='samples per optimizer step from later steps on, such as {"10000": 256}; 0 = none'
@@ -146,6 +150,18 @@ class Source(Part):
     flip: Probability = Field(0.0, description="probability of mirroring an image (it mirrors text in the image too)")
     shuffle_shards: Positive = Field(16, description="shards whose samples are shuffled together")
     max_unreadable: Probability = Field(0.01, description="share of unreadable samples above which the run stops")
+
+    @model_validator(mode="after")
+    def an_order_by_length_is_of_chats(self) -> Source:
+        if self.order == "random":
+            return self
+        if self.form != "chat":
+            raise ValueError(f"order={self.order} is of form=chat, not of form={self.form}")
+        if self.batch_from:
+            raise ValueError(f"order={self.order} keeps one batch: leave batch_from={self.batch_from} out")
+        if self.order == "modality_length" and self.batch % self.chunk:
+            raise ValueError(f"batch={self.batch} must be a multiple of chunk={self.chunk}")
+        return self
 
     @model_validator(mode="after")
     def chats_have_a_template(self) -> Source:

@@ -111,12 +111,14 @@ def show(run: Run, submission: Submission) -> int:
 def check_data(run: Run, folder: Path) -> None:
     """Every source has whole shards with samples in them, and they can be read from here; benchmarks are there."""
     from hpc_mm.config import ConfigError
+    from hpc_mm.data.lengths import check_lengths
     from hpc_mm.data.shards import check_shards
     from hpc_mm.data.store import open_store
 
     for name, source in run.sources.items():
         try:
             problems = check_shards(open_store(source.data))
+            check_lengths(source, run.model.language)
         except ConfigError as error:
             raise ConfigError(f"sources.{name}: {error}") from None
         if problems:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hpc_mm import attempt, checkpoint, evaluations, sharding
 from hpc_mm.config import ConfigError, Run, parse_arguments, read_run, unknown
 from hpc_mm.data.batch import Batch
+from hpc_mm.data.lengths import lengths_of
 from hpc_mm.data.stream import make_loader
 from hpc_mm.deadline import Deadline, die_with_parent
 from hpc_mm.families import Family, Model, family_of, initial
@@ -170,6 +171,7 @@ class Training:
                 self.run.train.accumulate,
                 self.progress.step,
                 self.run.train.steps,
+                lengths_of(source, self.run.model.language),
             )
             corpus = loader.dataset.corpus  # type: ignore[attr-defined]
             if self.progress.corpora.setdefault(name, corpus) != corpus:

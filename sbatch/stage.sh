@@ -3,7 +3,7 @@
 
 set -eo pipefail
 source sbatch/env.sh
-case $1 in *.py) set -- python -u "$@" ;; esac
+case $1 in *.py | -m) set -- python -u "$@" ;; esac
 case " $* " in *" cluster="*) ;; *) set -- "$@" cluster=local ;; esac
 if [ -n "$SLURM_ARRAY_TASK_ID" ]; then
   case " $* " in *" task="*) ;; *) set -- "$@" "task=$SLURM_ARRAY_TASK_ID" ;; esac

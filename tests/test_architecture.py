@@ -65,6 +65,7 @@ def test_functions_and_files_stay_short(path: Path) -> None:
 
 NO_TORCH = (
     *("config", "launch", "report", "index", "checkpoint", "lint", "prepare", "data.store", "data.shards"),
+    *("measure", "data.lengths", "data.order"),
     *("data.pictures", "data.recode", "data.perceptual", "data.filters"),
     *("metrics", "ok_vqa", "benchmark", "demonstrations", "protocol", "predictions", "similarity", "trials", "scoring"),
     *("evaluate", "results", "compare", "watch", "gallery", "page"),

@@ -13,10 +13,10 @@ from checkout import ROOT, environment, launch
 from runs import LOCAL, lines, losses
 
 from hpc_mm import attempt
+from hpc_mm.data.order import Order
 from hpc_mm.data.schema import Sample, Text
 from hpc_mm.data.shards import ShardReader, ShardWriter, read_manifest
 from hpc_mm.data.store import open_store
-from hpc_mm.data.stream import Order
 
 
 class Ended(NamedTuple):

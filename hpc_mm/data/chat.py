@@ -73,9 +73,21 @@ def chat_row(sample: Sample, source: Source, tokenizer: Any, spec: ImageSpec, se
     What is longer than ``source.max_tokens``, question or answer, is cut on the right. LeftOut by a rule, such as an
     image that would be cut, Unusable where an image cannot be read. What is drawn depends on (seed, epoch, sample id).
     """
-    assert source.template is not None  # as Source says of form=chat
     chance = random.Random(f"{seed}/{epoch}/{sample.id}")
     pictures = Pictures(sample, spec, source.flip, chance)
+    ids, labels, cut = chat_ids(sample, source, tokenizer, chance)
+    count = len(sample.images)
+    if not all(map(pictures.read, range(count))):
+        raise Unusable("; ".join(pictures.lost.values()))
+    images = [pictures.found[i] for i in range(count)]
+    return Row(sample.id, ids, labels, images, [], extra=count * (spec.tokens - 1) + len(labels), cut=cut)
+
+
+def chat_ids(
+    sample: Sample, source: Source, tokenizer: Any, chance: random.Random
+) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
+    """The encoder's ids, the answer's, and whether they are cut; LeftOut as ``chat_row``. Images may have no bytes."""
+    assert source.template is not None  # as Source says of form=chat
     turns = conversation(sample, special_text(tokenizer))
     check_images(sample, source)
     check_turns(turns, source)
@@ -84,12 +96,7 @@ def chat_row(sample: Sample, source: Source, tokenizer: Any, spec: ImageSpec, se
     if (ids[source.max_tokens :] == IMAGE_PLACE).any():
         raise LeftOut("image beyond max_tokens")
     cut = max(len(ids), len(labels)) > source.max_tokens
-    ids, labels = ids[: source.max_tokens], labels[: source.max_tokens]
-    count = len(sample.images)
-    if not all(map(pictures.read, range(count))):
-        raise Unusable("; ".join(pictures.lost.values()))
-    images = [pictures.found[i] for i in range(count)]
-    return Row(sample.id, ids, labels, images, [], extra=count * (spec.tokens - 1) + len(labels), cut=cut)
+    return ids[: source.max_tokens], labels[: source.max_tokens], cut
 
 
 def conversation(sample: Sample, special: re.Pattern[str]) -> list[Turn]:

@@ -16,7 +16,7 @@ def share(count: int, part: int, parts: int) -> range:
 def micro_batches(samples: Sequence[Row], source: Source, by_length: bool, count: int) -> list[list[list[Row]]]:
     """The samples of a step as ``count`` lists of rows: a row each or packed; in stream order, or short rows first."""
     rows = packed(samples, source.pack_tokens, source.pack_images) if source.pack_tokens else [[one] for one in samples]
-    if by_length:
+    if by_length and source.order == "random":  # the others sort a step themselves
         rows.sort(key=tokens)
     return [[rows[place] for place in share(len(rows), part, count)] for part in range(count)]
 

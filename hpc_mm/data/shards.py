@@ -40,6 +40,7 @@ BLOCK = 512  # bytes; a tar's unit
 DIGITS = 16  # of a tar's SHA-256 in its name, where several write into a folder
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "avif")
 CAPTION_SUFFIXES = ("txt", "caption")
+DIGESTED = re.compile(r"-[0-9a-f]{16}\.tar")  # ends the name of a shard that never has other bytes
 
 
 class BrokenShard(Exception):
@@ -152,6 +153,16 @@ def consistent(index: ShardIndex) -> bool:
     known = (index.suffix >= 0) & (index.suffix < len(index.suffixes))
     apart = (index.start >= ends[:-1]) & (index.size >= 0) & (index.size <= index.tar_bytes)
     return bool((np.diff(index.first) > 0).all() and known.all() and apart.all() and ends[-1] <= index.tar_bytes)
+
+
+def version(store: Store, shard: str) -> str:
+    """The name of a shard with what tells it from others of that name: the digest of its bytes or of its index.
+
+    So what was computed of another shard is never taken for this one's. MissingKey where there is no index to ask.
+    """
+    if DIGESTED.search(shard):
+        return shard
+    return f"{shard}.{hashlib.sha256(store.read(shard + INDEX)).hexdigest()[:DIGITS]}"
 
 
 # ---------------------------------------------------------------- the manifest
@@ -396,18 +407,31 @@ class ShardReader:
 
     def read(self, shard: str, sample: int) -> Sample:
         """One ranged read. MissingKey, StoreError or BrokenShard where the sample cannot be had."""
-        index = self.index(shard)
-        if sample >= len(index.keys):
-            raise BrokenShard(f"{self.store.address}/{shard}{INDEX} has no sample {sample}: index the shards again")
-        key, members = index.keys[sample], index.members(sample)
+        key, members = self._members(shard, sample)
         start, end = members[0].start, members[-1].end
         if self.cache is None:
             return cut(key, members, self.store.read(shard, start, end))
+        size = self.index(shard).tar_bytes
         try:
-            return cut(key, members, self.cache.read(self.store, shard, start, end, index.tar_bytes))
+            return cut(key, members, self.cache.read(self.store, shard, start, end, size))
         except BrokenShard:  # by the cache's copy, perhaps
-            self.cache.drop(self.store, shard, start, end, index.tar_bytes)
-            return cut(key, members, self.cache.read(self.store, shard, start, end, index.tar_bytes))
+            self.cache.drop(self.store, shard, start, end, size)
+            return cut(key, members, self.cache.read(self.store, shard, start, end, size))
+
+    def read_text(self, shard: str, sample: int) -> Sample:
+        """As ``read``, but images have no bytes, since only text is read."""
+        key, members = self._members(shard, sample)
+        files = {member.suffix: b"" for member in members}
+        for member in members:
+            if member.suffix in ("json", *CAPTION_SUFFIXES):
+                files[member.suffix] = self.store.read(shard, member.start, member.end)
+        return assemble(key, files)
+
+    def _members(self, shard: str, sample: int) -> tuple[str, list[Member]]:
+        index = self.index(shard)
+        if sample >= len(index.keys):
+            raise BrokenShard(f"{self.store.address}/{shard}{INDEX} has no sample {sample}: index the shards again")
+        return index.keys[sample], index.members(sample)
 
 
 def cut(key: str, members: list[Member], data: bytes) -> Sample:

@@ -1,42 +1,29 @@
-"""The order of samples, a pure function of (seed, epoch, position), and the batches that every rank reads from it."""
+"""The batches that every rank reads of a source's shards, in the order that is made of it."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from hpc_mm.config import ConfigError, ImageSpec, Loader, Source
+from hpc_mm.config import ImageSpec, Loader, Source
 from hpc_mm.data.batch import Batch, LeftOut, Row, Unusable, collate, to_row, vocabulary
 from hpc_mm.data.cache import ReadCache
 from hpc_mm.data.chat import chat_row, collate_chats
+from hpc_mm.data.lengths import Lengths
+from hpc_mm.data.order import Place, make_order
 from hpc_mm.data.packing import micro_batches, share
 from hpc_mm.data.shards import BrokenShard, ShardReader, corpus_digest, read_manifest
 from hpc_mm.data.store import MissingKey, StoreError, open_store
 from hpc_mm.data.worker import outlive_signals
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-CACHED_EPOCHS, CACHED_WINDOWS = 2, 4  # orders that stay in memory: 8 bytes per shard, and per sample of a window
-SHARD_ORDER, SAMPLE_ORDER = 0, 1  # what a permutation is drawn for
-
-
-class Place(NamedTuple):
-    epoch: int
-    shard: int  # into the manifest
-    sample: int  # inside the shard
 
 
 class NoRow(NamedTuple):
@@ -45,73 +32,6 @@ class NoRow(NamedTuple):
     name: str
     reason: str
     unreadable: bool
-
-
-class Order:
-    """Where the sample at every position of an endless stream lies; positions count samples over all epochs.
-
-    Each epoch holds every sample once: the shards are permuted, ``window`` of them at a time are put together, and the
-    samples of such a window are permuted. Memory is O(shards + samples of a window). The order is that of random
-    64-bit words of the Philox generator, whose stream NumPy guarantees, so it stays the same over NumPy's versions.
-    """
-
-    def __init__(self, sizes: Sequence[int] | NDArray[np.int64], seed: int, window: int) -> None:
-        self.sizes = np.array(sizes, dtype=np.int64)  # samples of each shard
-        self.samples = int(self.sizes.sum())  # per epoch
-        if not self.samples:
-            raise ConfigError("shards without any sample make no stream")
-        self.seed, self.window = seed, window
-        self._epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
-
-    def locate(self, position: int) -> Place:
-        epoch, place = divmod(position, self.samples)
-        shards, ends = self._shards(epoch)
-        window = int(np.searchsorted(ends, place, side="right")) // self.window
-        first = window * self.window
-        start = int(ends[first - 1]) if first else 0
-        stop = int(ends[min(first + self.window, len(ends)) - 1])
-        chosen = start + int(self._samples(epoch, window, stop - start)[place - start])
-        shard = int(np.searchsorted(ends, chosen, side="right"))
-        return Place(epoch, int(shards[shard]), chosen - int(ends[shard] - self.sizes[shards[shard]]))
-
-    def _shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards of an epoch in order, and where each ends in it."""
-        if epoch not in self._epochs:
-            shards = self._permutation(len(self.sizes), epoch, SHARD_ORDER, 0)
-            remember(self._epochs, epoch, (shards, np.cumsum(self.sizes[shards])), CACHED_EPOCHS)
-        return self._epochs[epoch]
-
-    def _samples(self, epoch: int, window: int, size: int) -> NDArray[np.int64]:
-        if (epoch, window) not in self._windows:
-            order = self._permutation(size, epoch, SAMPLE_ORDER, window)
-            remember(self._windows, (epoch, window), order, CACHED_WINDOWS)
-        return self._windows[epoch, window]
-
-    def _permutation(self, size: int, epoch: int, use: int, window: int) -> NDArray[np.int64]:
-        words = np.random.Philox(np.random.SeedSequence([self.seed, epoch, use, window])).random_raw(size)
-        return np.argsort(words, kind="stable")
-
-
-def remember(cache: OrderedDict[Key, Value], key: Key, value: Value, limit: int) -> None:
-    """Keep the ``limit`` newest."""
-    cache[key] = value
-    while len(cache) > limit:
-        cache.popitem(last=False)
-
-
-def samples_before(source: Source, step: int) -> int:
-    """Samples of a source in the optimizer steps before ``step``, which takes the stream from there.
-
-    So the state of a stream is the optimizer step alone, whatever the ranks and however batch sizes change.
-    """
-    total, since, batch = 0, 0, source.batch
-    for change, size in sorted(source.batch_from.items()):
-        if change >= step:
-            break
-        total += (change - since) * batch
-        since, batch = change, size
-    return total + (step - since) * batch
 
 
 class Reading(NamedTuple):
@@ -139,14 +59,15 @@ class Steps(Dataset[list[Batch]]):
         rank: int,
         world: int,
         accumulate: int,
+        lengths: Lengths | None = None,
     ) -> None:
         self.source, self.settings, self.seed = source, settings, seed
         self.tokenizer, self.spec = tokenizer, spec
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.store = open_store(source.data)
         self.shards = read_manifest(self.store)
-        self.corpus = corpus_digest(self.shards)  # another one is another order
-        self.order = Order(self.shards.samples, seed, source.shuffle_shards)
+        self.corpus = corpus_digest(self.shards) + (lengths.digest if lengths else "")  # another one is another order
+        self.order = make_order(source, self.shards.samples, seed, lengths, spec.tokens)
         self._readings: dict[int, Reading] = {}  # by process id: threads do not fork
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,7 +78,8 @@ class Steps(Dataset[list[Batch]]):
             cache = None
             if self.settings.cache:
                 cache = ReadCache(Path(self.settings.cache), int(self.settings.cache_gb * 1e9))
-            reader = ShardReader(self.store, 2 * self.source.shuffle_shards + 2, cache)  # this window and the next
+            windows = 2 if self.source.order == "random" else 4  # this and the next one, of each modality
+            reader = ShardReader(self.store, windows * self.source.shuffle_shards + 2, cache)
             # Where torch works with several threads, each decoder has them all; all ranks of a node share its cores.
             cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             decoders = 1 if get_worker_info() else max(1, cores // torch.get_num_threads())
@@ -172,9 +94,8 @@ class Steps(Dataset[list[Batch]]):
             reading.threads.shutdown()
 
     def places(self, step: int) -> list[Place]:
-        """Where this rank's samples of an optimizer step lie, in stream order: its run of the step's positions."""
-        first, end = (samples_before(self.source, at) for at in (step, step + 1))
-        return [self.order.locate(first + i) for i in share(end - first, self.rank, self.world)]
+        """Where this rank's samples of an optimizer step lie: its run of them, in the step's order."""
+        return self.order.places(step, share(self.order.size(step), self.rank, self.world))
 
     def _row(self, reading: Reading, place: Place) -> Row | NoRow:
         name = f"{self.shards.names[place.shard]}:{place.sample}"
@@ -239,14 +160,16 @@ def make_loader(
     accumulate: int,
     first_step: int,
     last_step: int,
+    lengths: Lengths | None = None,
 ) -> StepLoader:
     """A rank's ``accumulate`` micro-batches of each of the optimizer steps [first_step, last_step), in order.
 
-    Which samples a step holds depends on ``source``, ``seed`` and the shards alone. ConfigError where ``source.data``
+    Which samples a step holds depends on ``source``, ``seed``, the shards and, unless order=random, the ``lengths`` of
+    their samples. ConfigError where ``source.data``
     holds no whole shards.
     """
     return StepLoader(
-        Steps(source, settings, seed, tokenizer, spec, rank, world, accumulate),
+        Steps(source, settings, seed, tokenizer, spec, rank, world, accumulate, lengths),
         range(first_step, last_step),
         num_workers=settings.workers,
         multiprocessing_context="fork" if settings.workers else None,  # as outlive_signals needs it

@@ -1,15 +1,11 @@
-import hashlib
-import json
 import multiprocessing
 import os
 import random
-import tracemalloc
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import samples
 import torch
@@ -22,104 +18,15 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from hpc_mm.config import IMAGE_PLACE, IMAGE_TOKEN, ConfigError, ImageSpec, Loader, Source
 from hpc_mm.data.batch import Batch
 from hpc_mm.data.chat import EncoderDecoderBatch
+from hpc_mm.data.order import Order
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import ShardReader, ShardWriter, corpus_digest, read_manifest
 from hpc_mm.data.store import open_store
-from hpc_mm.data.stream import Order, Place, StepLoader, Steps, make_loader, samples_before
+from hpc_mm.data.stream import StepLoader, Steps, make_loader
 
 TOKENIZER = samples.word_tokenizer()
 IMAGE = TOKENIZER.convert_tokens_to_ids(IMAGE_TOKEN)
 Row = tuple[str, list[int], list[int], bytes]  # id, tokens, labels, pixels
-
-sizes = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
-seeds = st.integers(0, 2**32)
-
-
-def order(shards: list[int], seed: int = 0, window: int = 3) -> Order:
-    return Order(shards, seed, window)
-
-
-# ---------------------------------------------------------------- the order
-
-
-@given(shards=sizes, seed=seeds, window=st.integers(1, 14), epoch=st.integers(0, 1000))
-def test_every_epoch_holds_every_sample_once(shards: list[int], seed: int, window: int, epoch: int) -> None:
-    found = order(shards, seed, window)
-    places = [found.locate(epoch * sum(shards) + i) for i in range(sum(shards))]
-    assert sorted(places) == [Place(epoch, s, i) for s, size in enumerate(shards) for i in range(size)]
-
-
-@given(shards=sizes, seed=seeds, window=st.integers(1, 14), asked=st.lists(st.integers(0, 500), max_size=40))
-def test_a_position_does_not_depend_on_what_was_asked_before(
-    shards: list[int], seed: int, window: int, asked: list[int]
-) -> None:
-    used = order(shards, seed, window)
-    assert [used.locate(position) for position in asked] == [
-        order(shards, seed, window).locate(position) for position in asked
-    ]
-
-
-def test_seeds_and_epochs_give_other_orders() -> None:
-    shards = [50] * 20
-    orders = [
-        [order(shards, seed).locate(epoch * 1000 + i)[1:] for i in range(1000)] for seed in (0, 1) for epoch in (0, 1)
-    ]
-    for i, one in enumerate(orders):
-        for other in orders[:i]:
-            assert sum(a == b for a, b in zip(one, other, strict=True)) < 20  # 1 would be expected by chance
-
-
-def test_samples_of_a_window_are_well_mixed() -> None:
-    """Each of 4 shards of a window gives each quarter of the window its share: 100 of 400, deviation 8.7."""
-    found = order([400] * 8, window=4)
-    for quarter in range(8):
-        counts = Counter(found.locate(quarter * 400 + i).shard for i in range(400))
-        assert len(counts) == 4
-        assert all(50 < count < 150 for count in counts.values())
-
-
-def test_the_order_never_changes_with_versions() -> None:
-    """A checkpoint of one year must go on in another: this is the order of today."""
-    found = order([7, 5, 9, 1, 8], seed=42, window=2)
-    text = json.dumps([found.locate(i) for i in range(90)])
-    assert text.startswith("[[0, 1, 2], [0, 1, 1], [0, 0, 6], [0, 1, 4], [0")
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "e36938f46ab4c1a3"
-
-
-def test_memory_does_not_grow_with_samples() -> None:
-    """A billion samples in 100,000 shards: O(shards), not O(samples)."""
-    shards = [10_000] * 100_000
-    tracemalloc.start()
-    found = order(shards, window=16)
-    for position in np.linspace(0, 3 * 10**9 - 1, 20).astype(int):
-        found.locate(int(position))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 40e6
-
-
-def test_shards_without_samples_make_no_stream() -> None:
-    with pytest.raises(ConfigError, match="without any sample"):
-        order([0, 0])
-
-
-changes = st.dictionaries(st.integers(1, 300), st.integers(0, 9), max_size=4)
-
-
-@given(batch=st.integers(1, 9), batch_from=changes, step=st.integers(0, 400))
-def test_steps_follow_one_another_whatever_their_sizes(batch: int, batch_from: dict[int, int], step: int) -> None:
-    found = source("x", batch=batch, batch_from=batch_from)
-    sizes = [
-        batch_from[max(s for s in batch_from if s <= at)] if any(s <= at for s in batch_from) else batch
-        for at in range(step)
-    ]
-    assert samples_before(found, step) == sum(sizes)
-
-
-def test_a_place_far_away_is_exact_and_found_at_once() -> None:
-    found = source("x", batch=4097, batch_from={10**6: 8191, 2 * 10**6: 0, 3 * 10**6: 3})
-    assert samples_before(found, 10**15) == 4097 * 10**6 + 8191 * 10**6 + 3 * (10**15 - 3 * 10**6)
-
 
 # ---------------------------------------------------------------- the loader
 
