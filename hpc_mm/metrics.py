@@ -1,4 +1,4 @@
-"""Scores of model output: pure functions on lists. Captions', answers' and classes', with their intervals.
+"""Scores of model output: pure functions on lists. Captions', answers', classes' and ratings', with their intervals.
 
 ``*_each`` gives a score per item; the function without it the benchmark's score.
 """
@@ -10,6 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hpc_mm.agreement import (
+    Calibration,
+    Matching,
+    choice_each,
+    kendall,
+    kendall_each,
+    matching_each,
+    pairwise_accuracy_each,
+    pearson,
+    pearson_each,
+    tie_calibration,
+)
 from hpc_mm.caption_metrics import (
     Scored,
     bleu,
@@ -26,8 +38,10 @@ from hpc_mm.vqa_metrics import vqa_accuracy, vqa_accuracy_each
 
 __all__ = [
     "RULES",
+    "Calibration",
     "Difference",
     "Interval",
+    "Matching",
     "Rules",
     "Scored",
     "accuracy",
@@ -35,15 +49,23 @@ __all__ = [
     "bleu",
     "bleu_each",
     "caption_scores",
+    "choice_each",
     "cider",
     "cider_each",
+    "kendall",
+    "kendall_each",
+    "matching_each",
     "mean_interval",
     "paired_bootstrap",
+    "pairwise_accuracy_each",
+    "pearson",
+    "pearson_each",
     "roc_auc",
     "roc_auc_each",
     "rouge_l",
     "rouge_l_each",
     "rules_of",
+    "tie_calibration",
     "vqa_accuracy",
     "vqa_accuracy_each",
 ]
