@@ -115,10 +115,12 @@ class FlamingoAnswers:
         return Prompt(sample.id, ids, images)
 
     def _cleaned(self, text: str) -> str:
-        return ENDOFCHUNK_TOKEN.join(without_special(piece, self.words) for piece in text.split(ENDOFCHUNK_TOKEN))
+        return ENDOFCHUNK_TOKEN.join(
+            without_special(piece, self.words.special) for piece in text.split(ENDOFCHUNK_TOKEN)
+        )
 
     def _candidate(self, text: str) -> tuple[int, ...]:
-        ids = tuple(self.tokenizer(without_special(text, self.words), add_special_tokens=False)["input_ids"])
+        ids = tuple(self.tokenizer(without_special(text, self.words.special), add_special_tokens=False)["input_ids"])
         if not ids:
             raise ConfigError(f"candidate {text!r} has no token")
         return ids

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -146,6 +146,18 @@ class Source(Part):
     flip: Probability = Field(0.0, description="probability of mirroring an image (it mirrors text in the image too)")
     shuffle_shards: Positive = Field(16, description="shards whose samples are shuffled together")
     max_unreadable: Probability = Field(0.01, description="share of unreadable samples above which the run stops")
+
+    @model_validator(mode="after")
+    def chats_have_a_template(self) -> Source:
+        if self.form == "chat" and self.template is None:
+            raise ValueError(f"form=chat wants a template, one of {', '.join(get_args(Template))}")
+        if self.form != "chat" and self.template is not None:
+            raise ValueError(f"template={self.template} is for form=chat alone; form={self.form} has none")
+        if self.form == "chat" and self.pack_tokens:
+            raise ValueError(
+                f"pack_tokens={self.pack_tokens} must be 0 with form=chat, whose rows hold one sample each"
+            )
+        return self
 
     @model_validator(mode="after")
     def a_sample_fits_a_row(self) -> Source:

@@ -38,9 +38,16 @@ class Row:
 
     id: str
     input_ids: NDArray[np.int64]  # (T,)
-    labels: NDArray[np.int64]  # (T,) unshifted
+    labels: NDArray[np.int64]  # (T,) unshifted; of an encoder-decoder (L,), the decoder's
     images: list[NDArray[np.uint8]]  # (S, S, 3) each, in the order of the image tokens, one per image token
     lost_images: list[str]  # why images of this sample could not be read
+    extra: int = 0  # places that it takes beside those of its input_ids: of spliced images, of a decoder
+    cut: bool = False  # whether a chat was longer than max_tokens
+
+    @property
+    def length(self) -> int:
+        """Places that it takes in the model."""
+        return len(self.input_ids) + self.extra
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Batch:
     left_out: list[tuple[str, str]]  # (sample, rule): their places are empty
     lost_images: list[tuple[str, str]] = field(default_factory=list)  # (sample, reason): the sample goes on without
     segments: Tensor | None = None  # (B, T) int64, sample of the row from 0, -1 = padding; None = one sample per row
+    cut: list[str] = field(default_factory=list)  # chats of which a part beyond max_tokens is missing
 
     @property
     def targets(self) -> int:
@@ -123,22 +131,29 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else known.get(PAD_TOKEN)
     if pad is None:
         raise ConfigError(f"the tokenizer has no padding token; {PAD_TOKEN} would be one")
+    eos = int(tokenizer.eos_token_id)
+    return Vocabulary(
+        known[IMAGE_TOKEN], known[ENDOFCHUNK_TOKEN], int(pad), eos, tokenizer.eos_token, special_text(tokenizer)
+    )
+
+
+@lru_cache(maxsize=8)
+def special_text(tokenizer: Any) -> re.Pattern[str]:
+    """What would be taken for a special token of the tokenizer, or of any of ours."""
     named = {*tokenizer.all_special_tokens, IMAGE_TOKEN, ENDOFCHUNK_TOKEN, PAD_TOKEN}
     unnamed = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}  # Llama 3 has 250
-    pattern = re.compile("|".join(map(re.escape, sorted(named | unnamed, key=len, reverse=True))))
-    eos = int(tokenizer.eos_token_id)
-    return Vocabulary(known[IMAGE_TOKEN], known[ENDOFCHUNK_TOKEN], int(pad), eos, tokenizer.eos_token, pattern)
+    return re.compile("|".join(map(re.escape, sorted(named | unnamed, key=len, reverse=True))))
 
 
 def plain(text: str, words: Vocabulary) -> str:
     """Stripped text in which nothing is taken for a special token: a page may say ``<image>`` or ``</s>``."""
-    return without_special(text, words).strip()
+    return without_special(text, words.special).strip()
 
 
-def without_special(text: str, words: Vocabulary) -> str:
+def without_special(text: str, special: re.Pattern[str]) -> str:
     text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can hold, is no text
-    while words.special.search(text):
-        text = words.special.sub("", text)
+    while special.search(text):
+        text = special.sub("", text)
     return text
 
 

@@ -25,8 +25,8 @@ def packed(samples: Sequence[Row], max_tokens: int, max_images: int) -> list[lis
     """Rows of at most so many tokens and images: first fit, longest sample first, equals in stream order."""
     rows: list[list[Row]] = []
     room: list[tuple[int, int]] = []  # tokens and images that still fit into each row
-    for sample in sorted(samples, key=lambda sample: -len(sample.input_ids)):
-        size, images = len(sample.input_ids), len(sample.images)
+    for sample in sorted(samples, key=lambda sample: -sample.length):
+        size, images = sample.length, len(sample.images)
         fits = (place for place, (free, slots) in enumerate(room) if size <= free and images <= slots)
         place = next(fits, len(rows))
         if place == len(rows):
@@ -38,4 +38,4 @@ def packed(samples: Sequence[Row], max_tokens: int, max_images: int) -> list[lis
 
 
 def tokens(row: Sequence[Row]) -> int:
-    return sum(len(sample.input_ids) for sample in row)
+    return sum(sample.length for sample in row)

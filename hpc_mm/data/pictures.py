@@ -73,7 +73,7 @@ def check_scans(image: Image.Image, data: bytes) -> None:
         raise UnreadableImage(f"{scans} scans of a JPEG are more than {MAX_SCANS}")
 
 
-def draft_to(image: Any, side: int, margin: float) -> tuple[float, float]:
+def draft_to(image: Any, side: float, margin: float) -> tuple[float, float]:
     """Let the decoder of a JPEG shrink it to 1/2, 1/4 or 1/8 while its short side stays ``margin`` times ``side``.
 
     Width and height of the picture in pixels of the decoded image: sides that do not divide are padded.

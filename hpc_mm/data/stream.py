@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from hpc_mm.config import ConfigError, ImageSpec, Loader, Source
 from hpc_mm.data.batch import Batch, LeftOut, Row, Unusable, collate, to_row, vocabulary
 from hpc_mm.data.cache import ReadCache
+from hpc_mm.data.chat import chat_row, collate_chats
 from hpc_mm.data.packing import micro_batches, share
 from hpc_mm.data.shards import BrokenShard, ShardReader, corpus_digest, read_manifest
 from hpc_mm.data.store import MissingKey, StoreError, open_store
@@ -177,11 +178,12 @@ class Steps(Dataset[list[Batch]]):
 
     def _row(self, reading: Reading, place: Place) -> Row | NoRow:
         name = f"{self.shards.names[place.shard]}:{place.sample}"
+        as_row = chat_row if self.source.form == "chat" else to_row
         try:
             sample = reading.shards.read(self.shards.names[place.shard], place.sample)
             name = sample.id
             with reading.decoders:
-                return to_row(sample, self.source, self.tokenizer, self.spec, self.seed, place.epoch)
+                return as_row(sample, self.source, self.tokenizer, self.spec, self.seed, place.epoch)
         except LeftOut as rule:
             return NoRow(name, str(rule), unreadable=False)
         except (MissingKey, StoreError, BrokenShard, Unusable) as error:
@@ -194,10 +196,18 @@ class Steps(Dataset[list[Batch]]):
         lost = [row for row in found if isinstance(row, NoRow)]
         unreadable = [(row.name, row.reason) for row in lost if row.unreadable]
         left_out = [(row.name, row.reason) for row in lost if not row.unreadable]
-        pad = vocabulary(self.tokenizer).pad
         first, *others = micro_batches(rows, self.source, self.settings.by_length, self.accumulate)
-        batches = [collate(rest, pad, self.spec) for rest in others]
-        return [collate(first, pad, self.spec, unreadable, left_out), *batches]
+        return [self._batch(first, unreadable, left_out), *map(self._batch, others)]
+
+    def _batch(
+        self,
+        rows: Sequence[Sequence[Row]],
+        unreadable: Sequence[tuple[str, str]] = (),
+        left_out: Sequence[tuple[str, str]] = (),
+    ) -> Batch:
+        if self.source.form == "chat":
+            return collate_chats([sample for row in rows for sample in row], self.spec, unreadable, left_out)
+        return collate(rows, vocabulary(self.tokenizer).pad, self.spec, unreadable, left_out)
 
 
 class StepLoader(DataLoader[list[Batch]]):
