@@ -15,13 +15,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, Flamingo, TrainablePart
@@ -43,6 +41,7 @@ from hpc_mm.models.language_model import (
 )
 from hpc_mm.models.openflamingo_weights import LEARNT, load_openflamingo
 from hpc_mm.models.packing import packed_arguments
+from hpc_mm.models.parts import exported_files, load_exported, seeded
 from hpc_mm.models.vision_tower import image_spec, load_vision
 
 __all__ = ["FlamingoModel", "build", "load_tokenizer"]
@@ -54,17 +53,17 @@ def build(config: Flamingo, tokenizer: Any, seed: int, precision: Literal["bf16"
     What is random depends on ``seed`` alone, each part on its own stream; the global generator is left as it was.
     ``config.weights`` is copied over it; then, with ``precision`` bf16, frozen towers are rounded to bf16.
     """
-    with _seeded(seed, 0):
+    with seeded(seed, 0):
         vision = load_vision(config.vision)
-    with _seeded(seed, 1):
+    with seeded(seed, 1):
         language = load_language(config.language, tokenizer)
-    with _seeded(seed, 2):
+    with seeded(seed, 2):
         model = FlamingoModel(config, tokenizer, vision, language)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in config.trainable)
     if config.weights:
         if exported := exported_files(Path(config.weights).expanduser()):
-            load_exported(model, exported)
+            load_exported(model, dict(model.named_parameters()), exported, LEARNT)
         else:
             load_openflamingo(model, config.weights)
     if precision == "bf16":
@@ -72,45 +71,6 @@ def build(config: Flamingo, tokenizer: Any, seed: int, precision: Literal["bf16"
     if config.compile:
         model.compile_parts()
     return model.train()
-
-
-def exported_files(folder: Path) -> list[Path]:
-    """The weights' files that ``hpc_mm.export`` wrote, if it did. ConfigError where one of several is missing."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return list(folder.glob("model.safetensors"))
-    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ConfigError(f"{folder} lacks {len(missing)} of {len(files)} files of weights, such as {missing[0]}")
-    return files
-
-
-def load_exported(model: FlamingoModel, files: Sequence[Path]) -> None:
-    """Copy the weights that ``hpc_mm.export`` wrote; others stay.
-
-    ConfigError where one has no place in ``model``, and where there are none of the resampler or of cross-attention.
-    """
-    ours = dict(model.named_parameters())
-    absent = {model.part_of(name) for name in ours} & set(LEARNT)
-    for file in files:
-        for name, value in load_file(file).items():
-            absent.discard(model.part_of(name))
-            if name not in ours or ours[name].shape != value.shape:
-                found = f"of shape {tuple(ours[name].shape)}" if name in ours else "not there"
-                raise ConfigError(f"{file}: {name} has shape {tuple(value.shape)}, in this model it is {found}")
-            ours[name].data.copy_(value)
-    if absent:
-        raise ConfigError(
-            f"{files[0].parent}: no weights of {' and '.join(sorted(absent))}; its run did not train them"
-        )
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, stream: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(3 * seed + stream)  # of the CPU alone; torch.manual_seed moves GPUs' too
-        yield
 
 
 class FlamingoModel(nn.Module):

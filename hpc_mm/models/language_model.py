@@ -29,7 +29,7 @@ def load_tokenizer(language: Language) -> Any:
     result is the number of ids before that: rows from there on are new.
     """
     source = language.tokenizer or language.name
-    tokenizer = _tokenizer_file(source) if source.endswith(".json") else _named_tokenizer(source, language)
+    tokenizer = bare_tokenizer(source) if source.endswith(".json") else named_tokenizer(source, language)
     if tokenizer.eos_token is None:
         raise ConfigError(f"tokenizer {source!r} has no end-of-text token; known names: {', '.join(END_OF_TEXT)}")
     tokenizer.base_size = len(tokenizer)
@@ -40,7 +40,8 @@ def load_tokenizer(language: Language) -> Any:
     return tokenizer
 
 
-def _tokenizer_file(source: str) -> Any:
+def bare_tokenizer(source: str) -> Any:
+    """That of a tokenizer.json, with its end and padding tokens, if it has them, by their usual names."""
     if not Path(source).is_file():
         raise ConfigError(f"language.tokenizer={source!r}: no such file")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=source)
@@ -51,7 +52,8 @@ def _tokenizer_file(source: str) -> Any:
     return tokenizer
 
 
-def _named_tokenizer(source: str, language: Language) -> Any:
+def named_tokenizer(source: str, language: Language) -> Any:
+    """That of a hub id or folder."""
     if not source:
         raise ConfigError("language.name and language.tokenizer are both empty; one of them must name a tokenizer")
     try:

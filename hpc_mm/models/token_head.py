@@ -50,10 +50,20 @@ class OutputTable(nn.Module):
 
     def forward(self, hidden: Tensor, new_rows: Tensor | None, first_new: int, targets: Tensor | None) -> Tensor:
         """Logits (..., vocabulary), or the sum of the cross-entropy of ``targets`` (selected,), in fp32."""
-        if targets is None:
-            return _logits(first_new, hidden, self.weight, self.bias, new_rows)
-        learns = torch.is_grad_enabled()  # inside of a Function it never is
-        return _CrossEntropy.apply(learns, first_new, targets, hidden, self.weight, self.bias, new_rows)  # type: ignore[no-any-return]
+        return head_output(hidden, self.weight, self.bias, new_rows, first_new, targets)
+
+
+def head_output(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, new_rows: Tensor | None, first_new: int, targets: Tensor | None
+) -> Tensor:
+    """Logits of ``hidden`` (..., width): (..., vocabulary), or the sum of the cross-entropy of ``targets`` in fp32.
+
+    ``targets`` are (selected,), for ``hidden`` (selected, width). Rows of ``weight`` from ``first_new`` on are unused.
+    """
+    if targets is None:
+        return _logits(first_new, hidden, weight, bias, new_rows)
+    learns = torch.is_grad_enabled()  # inside of a Function it never is
+    return _CrossEntropy.apply(learns, first_new, targets, hidden, weight, bias, new_rows)  # type: ignore[no-any-return]
 
 
 def _logits(first_new: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, new_rows: Tensor | None) -> Tensor:

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def load_vision(vision: Vision) -> nn.Module:
     """An open_clip vision transformer that maps (N, 3, S, S) to (unused, (N, patches, width)) without the CLS token.
 
-    What stands behind the chosen tokens (pooling, projection, and ln_post when tokens are taken before it) is dropped,
-    so that no parameter is without use.
+    What stands behind the chosen tokens (pooling, projection, ln_post, the last layer) is dropped, so that no parameter
+    is without use.
     """
     tower = _random(vision) if vision.architecture else load_clip(vision.name, vision.pretrained).visual
     if not isinstance(tower, open_clip.transformer.VisionTransformer) or tower.attn_pool is not None:
@@ -30,8 +30,10 @@ def load_vision(vision: Vision) -> nn.Module:
     tower.pool_type = "tok"  # split the CLS token from the patches
     tower.final_ln_after_pool = False  # ln_post, where it is kept, on every token (open_clip >= 2.23)
     tower.proj = None
-    if vision.tokens == "before_ln_post":
+    if vision.tokens != "after_ln_post":
         tower.ln_post = nn.Identity()
+    if vision.tokens == "penultimate":
+        tower.transformer.resblocks = tower.transformer.resblocks[:-1]
     return tower  # type: ignore[no-any-return]
 
 

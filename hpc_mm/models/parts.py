@@ -1,0 +1,98 @@
+"""What several model families are made of: the projector, the splice, random streams, and reading exported weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hpc_mm.config import IMAGE_PLACE, ConfigError
+
+
+class HasParts(Protocol):
+    """A model whose parameters belong to named parts."""
+
+    def part_of(self, name: str) -> str: ...
+
+
+@contextlib.contextmanager
+def seeded(seed: int, stream: Literal[0, 1, 2]) -> Iterator[None]:
+    """A random stream of its own; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(3 * seed + stream)  # of the CPU alone; torch.manual_seed moves GPUs' too
+        yield
+
+
+# ---------------------------------------------------------------- images among tokens
+
+
+def projector(width: int, out: int) -> nn.Sequential:
+    """Two layers with an exact GELU between them (LLaVA's mlp2x_gelu): (..., width) -> (..., out)."""
+    return nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+
+
+def splice(
+    embedded: Tensor, input_ids: Tensor, features: Tensor, image_counts: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows of token embeddings (B, T, D), with an image's features (P, D) in the place of every IMAGE_PLACE.
+
+    ``features`` (N, P, D) are the rows' images in order, ``image_counts`` (B,) of them per row; where none has any,
+    they may be anything, and get a gradient of zero. Gives the inputs (B, L, D), zero where there is padding, which
+    stays on the right, and their mask (B, L) bool. L is the longest row, at least 1: reading it waits for the device.
+    """
+    is_image = (input_ids == IMAGE_PLACE) & attention_mask.bool()
+    torch._assert_async((is_image.sum(dim=1) == image_counts).all(), "images must be as many as their places")
+    rows, length = input_ids.shape
+    patches, width = features.shape[1:]
+    ends = torch.where(is_image, patches, attention_mask.long()).cumsum(dim=1)
+    places = torch.arange(max(1, int(ends.max())), device=ends.device).repeat(rows, 1)
+    token = torch.searchsorted(ends, places, right=True)  # that a place belongs to; length where it is padding
+    mask = token < length
+    token = token.clamp(max=length - 1) + length * torch.arange(rows, device=ends.device)[:, None]
+    within = places - (ends.flatten()[token] - patches)  # of the image's features
+    image = is_image.flatten().cumsum(dim=0)[token] - 1
+    of_image = rows * length + patches * image + within
+    source = torch.where(is_image.flatten()[token], of_image, token)
+    nothing = rows * length + features.shape[0] * patches
+    table = torch.cat([embedded.flatten(0, 1), features.flatten(0, 1), features.new_zeros(1, width)])
+    return table[torch.where(mask, source, nothing)], mask
+
+
+# ---------------------------------------------------------------- what hpc_mm.export wrote
+
+
+def exported_files(folder: Path) -> list[Path]:
+    """The weights' files that ``hpc_mm.export`` wrote, if it did. ConfigError where one of several is missing."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return list(folder.glob("model.safetensors"))
+    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ConfigError(f"{folder} lacks {len(missing)} of {len(files)} files of weights, such as {missing[0]}")
+    return files
+
+
+def load_exported(model: HasParts, ours: Mapping[str, Tensor], files: Sequence[Path], needed: Sequence[str]) -> None:
+    """Copy the weights that ``hpc_mm.export`` wrote into ``ours``, the model's by name; others stay.
+
+    ConfigError where one has no place there, and where there are none of a part that is ``needed``.
+    """
+    absent = {model.part_of(name) for name in ours} & set(needed)
+    for file in files:
+        for name, value in load_file(file).items():
+            absent.discard(model.part_of(name))
+            if name not in ours or ours[name].shape != value.shape:
+                found = f"of shape {tuple(ours[name].shape)}" if name in ours else "not there"
+                raise ConfigError(f"{file}: {name} has shape {tuple(value.shape)}, in this model it is {found}")
+            ours[name].data.copy_(value)
+    if absent:
+        raise ConfigError(
+            f"{files[0].parent}: no weights of {' and '.join(sorted(absent))}; its run did not train them"
+        )
