@@ -18,6 +18,7 @@ BENCHMARK = Benchmark(
     decoding=Decoding(beams=1, max_new_tokens=5),
     metric="vqa-accuracy",
 )
+VALUES = {"data": "shapes/benchmark", "shots": (0, 2)}
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK, data="shapes/benchmark", shots=(0, 2)))
+    sys.exit(main(BENCHMARK, **VALUES))

@@ -125,16 +125,17 @@ def doubled(names: Iterable[str]) -> str | None:
 # ---------------------------------------------------------------- prepared shards
 
 
-def questions(address: str, split: str, benchmark: Benchmark) -> list[Question]:
+def questions(address: str, split: str, benchmark: Benchmark, images: int | None = None) -> list[Question]:
     """All questions of a split of prepared shards in their published order; of images only the metadata is read.
 
+    ``images``: only so many are looked at, the first ones.
     ConfigError where there is no such split, where its samples are of another kind than the benchmark, where an id is
     there twice, where images are missing, and where a label is none of the benchmark's classes.
     """
     store = open_store(address)
     shards = read_manifest(store)
     reader = ShardReader(store)
-    places = [(shard, sample) for shard, count in shards_of(shards, split, address) for sample in range(count)]
+    places = [(shard, sample) for shard, count in shards_of(shards, split, address) for sample in range(count)][:images]
     found: list[Question] = []
     missing: list[str] = []
     with ThreadPoolExecutor(READS, "questions") as threads:

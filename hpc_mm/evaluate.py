@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from hpc_mm.data.shards import read_manifest
 from hpc_mm.data.store import MissingKey, StoreDown, StoreError, open_store, whole
 from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
 from hpc_mm.demonstrations import QUERY_SET
+from hpc_mm.evaluations import FOLDER, HERE
 from hpc_mm.predictions import SIZE, parts_to_do
 from hpc_mm.protocol import RICES
 from hpc_mm.rules import OPENFLAMINGO, rules_of
@@ -107,12 +108,11 @@ class Evaluation(Part):
 def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values: Any) -> int:
     """The command line of an eval/ script: 0, 1 where a task failed, 2 after one line about a user's mistake.
 
-    ``values``: the script's own, of Evaluation, below those that are given.
+    ``values``: the script's own, of Evaluation: what it calls VALUES, where ``scheduled`` reads them too.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        own = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump(), **values}
-        options: Evaluation = read_options(Evaluation, words, own)
+        options = options_of(benchmark, words, values)
         asked = benchmark.model_copy(update={"split": options.split, "decoding": options.decoding})
         options = located(options, asked)
         if options.watch:
@@ -129,6 +129,13 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values:
         return 128 + signal.SIGINT
 
 
+def options_of(benchmark: Benchmark, words: Sequence[str], values: Mapping[str, Any]) -> Evaluation:
+    """The words of a command over the script's own values, these over its benchmark's. ConfigError."""
+    own = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump(), **values}
+    options: Evaluation = read_options(Evaluation, words, own)
+    return options
+
+
 def located(options: Evaluation, benchmark: Benchmark) -> Evaluation:
     """With whole addresses, the number of the step, and a place for results, so that jobs see what is seen here."""
     folder = str(Path(options.checkpoint).expanduser().absolute())
@@ -136,7 +143,7 @@ def located(options: Evaluation, benchmark: Benchmark) -> Evaluation:
     plans = options.stage in ("all", PLAN) and not options.watch
     if plans or not options.out:
         step = answerer.find(folder, step).step
-    out = options.out or f"{folder}/eval/{benchmark.name}/step-{step}"
+    out = options.out or f"{folder}/{FOLDER}/{benchmark.name}/step-{step}"
     data = in_store(options.data, read_site().store)
     update = {"checkpoint": folder, "step": step, "out": whole(out), "data": data}
     return options.model_copy(update=update)
@@ -279,7 +286,7 @@ def script_words(words: Sequence[str], options: Evaluation, script: str = "") ->
     kept = [places.get(key, word) for word, key in keys.items() if key not in gone]
     return [
         f"eval/{script or Path(sys.argv[0]).name}",
-        "cluster=local",
+        HERE,
         *(f"{key}={getattr(options, key)}" for key in found if key != "step" or options.step != answerer.EXPORT),
         *kept,
     ]

@@ -2,7 +2,8 @@
 
 ``scheduled`` has written at launch what is to do, with a mark for the step. The supervisor of a Slurm job submits it as
 jobs of their own, the launcher of a local run starts it as a process beside the ranks. Whatever has no results is begun
-once by each of them, so that what was lost to a kill is begun again when the run goes on. Plain Python 3.9.
+once by each of them, so that what was lost to a kill is begun again when the run goes on; of what ended without results
+the log has a line. Plain Python 3.9.
 """
 
 from __future__ import annotations
@@ -10,21 +11,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpc_mm import chain, checkpoint
 from hpc_mm.deadline import LAUNCHER
 
-if TYPE_CHECKING:
-    from hpc_mm.config import Run
-
 FILE = "evaluate.json"  # of a submission
+FOLDER = "eval"  # of a run, where evaluations leave their results
 RESULTS = "results.json"
 STEP = "@STEP@"  # stands for the step in what was written at launch
+LOOK = 30  # seconds between two looks at the queue for evaluations that are under way
+HERE = "cluster=local"  # of a script's words: not as jobs
 NICE = ("nice", "-n", "19")
 # What jobs of training are told beside Slurm's own variables: threads and devices of a rank, torch, accelerate.
 OF_TRAINING = re.compile(
@@ -36,11 +39,11 @@ Tell = Callable[[str], None]
 
 def place_of(run_folder: Path, benchmark: str, step: int | str) -> Path:
     """Where an evaluation's results lie."""
-    return run_folder / "eval" / benchmark / f"step-{step}"
+    return run_folder / FOLDER / benchmark / f"step-{step}"
 
 
 def logs_of(run_folder: Path, benchmark: str, step: int | str) -> Path:
-    return run_folder / "eval" / "logs" / f"{benchmark}-step-{step}"
+    return run_folder / FOLDER / "logs" / f"{benchmark}-step-{step}"
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,14 @@ class Plan:
     benchmarks: Mapping[str, Any]  # name -> what ``scheduled`` wrote of it
 
     def missing(self, step: int) -> list[str]:
-        """Benchmarks whose results for a checkpoint are awaited."""
+        """Benchmarks whose results for a checkpoint are awaited: none of those of before they were asked for."""
         if not self.every or (step % self.every and step != self.steps):
             return []
-        return [name for name in self.benchmarks if not (place_of(self.run_folder, name, step) / RESULTS).exists()]
+        asked = [name for name, values in self.benchmarks.items() if step >= values["since"]]
+        return [name for name in asked if not self.has_results(name, step)]
+
+    def has_results(self, name: str, step: int) -> bool:
+        return (place_of(self.run_folder, name, step) / RESULTS).exists()
 
     def due(self) -> list[tuple[str, int]]:
         """Benchmark and step of what has no results, for every whole checkpoint that is there, oldest first."""
@@ -74,9 +81,9 @@ def read_plan(run_folder: Path, submission: Path) -> Plan:
     return Plan(run_folder, **values)
 
 
-def awaited(run: Run, run_folder: Path) -> Callable[[int], bool]:
+def awaited(run_folder: Path, submission: Path) -> Callable[[int], bool]:
     """Whether the checkpoint of a step has to stay for an evaluation."""
-    plan = Plan(run_folder, run.evaluate.every, run.train.steps, run.evaluate.benchmarks)
+    plan = read_plan(run_folder, submission)
     return lambda step: bool(plan.missing(step))
 
 
@@ -85,6 +92,7 @@ class Evaluations:
 
     def __init__(self, run_folder: Path, submission: Path, tell: Tell) -> None:
         self.plan, self.tell = read_plan(run_folder, submission), tell
+        self.code = submission / "code"
         self.begun: set[tuple[str, int]] = set()
 
     def next(self) -> tuple[str, int] | None:
@@ -94,22 +102,63 @@ class Evaluations:
             self.begun.add(found)
         return found
 
+    def words(self, name: str, step: int) -> list[str]:
+        """The command of an evaluation as a process."""
+        return [word.replace(STEP, str(step)) for word in self.plan.benchmarks[name]["command"]]
+
+    def by_hand(self, words: Sequence[str]) -> str:
+        code = shlex.quote(str(self.code))
+        return f"by hand: cd {code} && PYTHONPATH={code} {shlex.join(words)}"
+
 
 class Jobs(Evaluations):
     """As Slurm jobs of their own, submitted from the job that trains."""
 
+    def __init__(self, run_folder: Path, submission: Path, tell: Tell) -> None:
+        super().__init__(run_folder, submission, tell)
+        self.under_way: dict[tuple[str, int], bool] = {}  # without results: whether the last look found no job of it
+        self.looked: float = -LOOK  # when, in seconds of the monotonic clock
+
     def update(self) -> None:
-        """Submit what is due. A problem is a line of the log and no more."""
+        """Submit what is due, and tell of what has failed. A problem is a line of the log and no more."""
         while (found := self.next()) is not None:
             name, step = found
             try:
                 self.submit(name, step)
             except (chain.Refused, OSError) as problem:
                 self.tell(f"step {step} is not evaluated by {name}: {problem}")
+            else:
+                self.under_way[found] = False
+        if self.under_way and time.monotonic() - self.looked >= LOOK:
+            self.look()
+
+    def look(self) -> None:
+        """Tell of each evaluation that has neither jobs nor results any more.
+
+        Two looks must find that, because a file system may show late what another node wrote.
+        """
+        self.looked, jobs = time.monotonic(), queued()
+        for found, gone in list(self.under_way.items()):
+            if self.plan.has_results(*found):
+                del self.under_way[found]
+            elif jobs is None or self.has_job(*found, jobs):
+                self.under_way[found] = False
+            elif not gone:
+                self.under_way[found] = True
+            else:
+                del self.under_way[found]
+                name, step = found
+                words = [word for word in self.words(name, step) if word != HERE]
+                logs = logs_of(self.plan.run_folder, name, step)
+                self.tell(f"evaluating step {step} by {name} ended without results; logs {logs}; {self.by_hand(words)}")
+
+    def has_job(self, name: str, step: int, jobs: Sequence[str]) -> bool:
+        start = self.plan.benchmarks[name]["name"].replace(STEP, str(step)) + "-"
+        return any(job.startswith(start) for job in jobs)
 
     def submit(self, name: str, step: int) -> None:
         logs, values = logs_of(self.plan.run_folder, name, step), self.plan.benchmarks[name]
-        if any(job.startswith(values["name"].replace(STEP, str(step)) + "-") for job in queued()):
+        if self.has_job(name, step, queued() or ()):
             return  # by this run's job, before it was requeued or launched again
         logs.mkdir(parents=True, exist_ok=True)
         files: dict[str, list[Path]] = {}
@@ -122,13 +171,13 @@ class Jobs(Evaluations):
         self.tell(f"step {step} is evaluated by {name}: jobs {every}, logs {logs}")
 
 
-def queued() -> list[str]:
-    """Names of this user's jobs in the queue; none where Slurm does not say."""
+def queued() -> list[str] | None:
+    """Names of this user's jobs in the queue; None where Slurm does not say."""
     try:
         answer = subprocess.run(["squeue", "--me", "--noheader", "-o", "%j"], capture_output=True, encoding="utf-8")
     except FileNotFoundError:
-        return []
-    return answer.stdout.split("\n")
+        return None
+    return None if answer.returncode else answer.stdout.split("\n")
 
 
 def environment() -> dict[str, str]:
@@ -142,8 +191,9 @@ class Processes(Evaluations):
     def __init__(self, run_folder: Path, submission: Path, tell: Tell, values: Mapping[str, str]) -> None:
         """``values``: environment variables of the run's first node."""
         super().__init__(run_folder, submission, tell)
-        self.code, self.values = submission / "code", values
+        self.values = values
         self.process: subprocess.Popen[bytes] | None = None
+        self.command: list[str] = []
         self.said = ""  # of the process: what it evaluates
         self.log = Path()
 
@@ -155,7 +205,8 @@ class Processes(Evaluations):
                 return True
             self.process = None
             if code:
-                self.tell(f"{self.said} failed (exit code {code}): {last_line(self.log)}; its log: {self.log}")
+                why = f"(exit code {code}): {last_line(self.log)}; its log: {self.log}"
+                self.tell(f"{self.said} failed {why}; {self.by_hand(self.command)}")
         found = self.next()
         if found is not None:
             try:
@@ -168,10 +219,10 @@ class Processes(Evaluations):
         self.said = f"evaluating step {step} by {name}"
         self.log = logs_of(self.plan.run_folder, name, step).with_suffix(".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        words = [word.replace(STEP, str(step)) for word in self.plan.benchmarks[name]["command"]]
+        self.command = self.words(name, step)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*NICE, *words],
+                [*NICE, *self.command],
                 cwd=self.code,
                 env={**os.environ, **self.values, LAUNCHER: str(os.getpid())},
                 stdin=subprocess.DEVNULL,

@@ -1,8 +1,9 @@
 """Benchmarks of how faithfully an image shows a text: what is read of them, and the figures that they report.
 
-A benchmark's folder holds its annotation files and its images as they were published (``faithfulness_files``). An item has one or two images and
-one or more texts, each image of which is scored with each text. Figures are shares and correlations with 95 %
-intervals, where papers print percent; ``/`` divides a figure from the part of the items that it is of.
+A benchmark's folder holds its annotation files (``faithfulness_files``) and its images as they were published. An item
+has one or two images and one or more texts, each image of which is scored with each text. Figures are shares and
+correlations with 95 % intervals, where papers print percent; ``/`` divides a figure's name from that of the part of the
+items which it is of.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ PICKAPIC = (
 
 def pickapic(folder: Path) -> list[Item]:
     """Pick-a-Pic v1's test captions (Kirstain et al. 2023) as zhiqiulin/vqascore_ablation has them in
-    pickapic_v1.zip: ``test_captions.json``; of them the 100 of VQAScore's paper. Known from code that reads it, not seen.
+    pickapic_v1.zip: ``test_captions.json``; the 100 of VQAScore's paper. Known from code that reads it, not seen.
 
     ``human`` is 1 where people prefer the first image (``label_0`` 1), else 0: a draw counts for the second, as there.
     """

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hpc_mm.config import ConfigError, Run
-from hpc_mm.run_scores import FOLDER, RunScore, metrics_of, scores_of
+from hpc_mm.evaluations import FOLDER
+from hpc_mm.run_scores import RunScore, metrics_of, scores_of
 from hpc_mm.tracking import wandb_run
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from hpc_mm.data.store import MissingKey, StoreError, open_store
 from hpc_mm.gallery import interval, thumbnail
 from hpc_mm.page import picture
 from hpc_mm.protocol import RICES
-from hpc_mm.results import read_rows
+from hpc_mm.results import Record, read_rows
 from hpc_mm.rules import OPENFLAMINGO
-from hpc_mm.run_scores import Record, RunScore
+from hpc_mm.run_scores import RunScore
 from hpc_mm.trials import QUESTIONS, read_questions, some_of
 
 METRICS = {"cider": "CIDEr", "vqa-accuracy": "VQA accuracy", "okvqa-accuracy": "VQA accuracy", "roc-auc": "ROC AUC"}

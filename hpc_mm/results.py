@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,54 @@ import numpy as np
 
 from hpc_mm import challenge, evaluations, ok_vqa
 from hpc_mm.benchmark import Benchmark
-from hpc_mm.config import ConfigError, Run
+from hpc_mm.config import ConfigError, Part, Run, validated
 from hpc_mm.data.store import MissingKey, Store, open_store, write_changed
 from hpc_mm.predictions import Row, merged
+from hpc_mm.protocol import RICES
+from hpc_mm.rules import OPENFLAMINGO
 from hpc_mm.scoring import PERCENT, Scores, scores
 from hpc_mm.tracking import wandb_run
 from hpc_mm.trials import Planned, Trial, protocol
 
 RESULTS = evaluations.RESULTS
 Record = dict[str, Any]
+
+
+class OfTrial(Part):
+    """A trial's score times 100, and the ends of its 95 % interval, of which a single question has none."""
+
+    seed: int | None  # none = similar demonstrations
+    file: str  # with every question's score, below the results' own folder
+    score: float
+    low: float | None
+    high: float | None
+
+
+class Result(Part):
+    """The score of one protocol: the mean of its trials."""
+
+    shots: int
+    selection: str
+    metric: str
+    rules: str
+    score: float
+    low: float | None
+    high: float | None
+    others: dict[str, float]  # further metrics
+    trials: list[OfTrial]
+    protocol: str
+    values: dict[str, Any]  # of the protocol
+
+
+class Results(Part):
+    """results.json."""
+
+    benchmark: str
+    data: str  # address of the benchmark's shards
+    checkpoint: str
+    step: str
+    questions: int
+    scores: list[Result]
 
 
 @dataclass(frozen=True)
@@ -102,7 +141,7 @@ def save(store: Store, benchmark: Benchmark, origin: Origin, entries: list[Recor
     kept = [entry for entry in read(store)["scores"] if entry["protocol"] not in new] if is_there(store) else []
     scored = sorted(kept + entries, key=lambda entry: (entry["rules"], entry["shots"], entry["protocol"]))
     values = {"benchmark": benchmark.name, **origin.__dict__, "questions": len_of(scored), "scores": scored}
-    write_changed(store, RESULTS, json.dumps(values, indent=1).encode())
+    write_changed(store, RESULTS, json.dumps(checked(values), indent=1).encode())
 
 
 def len_of(scored: Sequence[Record]) -> int:
@@ -114,16 +153,19 @@ def is_there(store: Store) -> bool:
 
 
 def read(store: Store) -> Record:
-    """results.json. ConfigError where there is none."""
+    """``Results`` as they are kept. ConfigError where there are none, or not all of what an evaluation writes."""
     try:
-        values: Record = json.loads(store.read(RESULTS))
+        return checked(json.loads(store.read(RESULTS)))
     except MissingKey:
         raise ConfigError(f"{store.address} holds no {RESULTS}: stage=collect writes it") from None
-    except ValueError as error:
-        raise ConfigError(damaged(store, error)) from None
-    if not isinstance(values, dict) or "scores" not in values:
-        raise ConfigError(damaged(store, "no scores"))
-    return values
+    except (ValueError, ConfigError) as error:
+        place = f"{store.address}/{RESULTS}"
+        raise ConfigError(f"{place} is damaged ({error}): remove it, and stage=collect writes it again") from None
+
+
+def checked(values: Any) -> Record:
+    found: Results = validated(Results, values)
+    return found.model_dump()
 
 
 def read_rows(store: Store, file: str) -> list[Record]:
@@ -135,18 +177,29 @@ def read_rows(store: Store, file: str) -> list[Record]:
         raise ConfigError(f"{store.address}/{file} is damaged ({error!r}): stage=collect writes it again") from None
 
 
-def damaged(store: Store, why: object) -> str:
-    return f"{store.address}/{RESULTS} is damaged ({why}): remove it, and stage=collect writes it again"
-
-
 def track(run: Run, benchmark: Benchmark, planned: Planned, origin: Origin) -> None:
     """The scores in Weights & Biases, where the run is tracked there: a run of their own in its group."""
     tracked = wandb_run(run, Path(origin.checkpoint), f"{benchmark.name}-step-{origin.step}")
     if tracked is None:
         return
-    for entry in read(open_store(planned.address))["scores"]:
-        tracked.summary[f"{benchmark.name}/{entry['shots']}shot/{entry['metric']}/{entry['rules']}"] = entry["score"]
+    for name, score in named(benchmark.name, read(open_store(planned.address))["scores"]).items():
+        tracked.summary[name] = score
     tracked.finish()
+
+
+def named(benchmark: str, entries: Iterable[Record]) -> dict[str, float]:
+    """Scores by flat names, such as eval/coco/4shot/cider, or eval/coco/4shot-rices/cider/lmms-eval.
+
+    Of several scores of one name that of most trials counts.
+    """
+    ordered = sorted(entries, key=lambda entry: (len(entry["trials"]), entry["protocol"]))
+    return {name_of(benchmark, entry): entry["score"] for entry in ordered}
+
+
+def name_of(benchmark: str, entry: Record) -> str:
+    shots = f"{entry['shots']}shot" + (f"-{RICES}" if entry["selection"] == RICES else "")
+    rules = () if entry["rules"] == OPENFLAMINGO.name else (entry["rules"],)
+    return "/".join((evaluations.FOLDER, benchmark, shots, entry["metric"], *rules))
 
 
 def show(entries: Sequence[Record]) -> None:

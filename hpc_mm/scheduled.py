@@ -9,18 +9,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hpc_mm import slurm
+from hpc_mm import checkpoint, slurm
 from hpc_mm.arrays import Stage, Work, check_time, scripts
-from hpc_mm.benchmark import Benchmark, shards_of
+from hpc_mm.benchmark import Benchmark, questions, shards_of
 from hpc_mm.command import ROOT, Submission
 from hpc_mm.config import ConfigError, Run, parse_arguments, unknown
 from hpc_mm.data.shards import read_manifest
 from hpc_mm.data.store import open_store
-from hpc_mm.evaluate import PLAN, SHARED, Evaluation, script_words
-from hpc_mm.evaluations import FILE, STEP, logs_of, place_of
-from hpc_mm.site import in_store, read_options, read_site
+from hpc_mm.evaluate import PLAN, SHARED, Evaluation, options_of, script_words
+from hpc_mm.evaluations import FILE, STEP, logs_of, place_of, read_plan
+from hpc_mm.site import in_store, read_site
 
 # Every evaluation's own.
 FIXED = ("checkpoint", "step", "out", "stage", "task", "cluster", "watch", "name")
@@ -74,21 +73,25 @@ def read(run: Run, run_folder: Path, script: Path, text: str) -> Scheduled:
             raise ConfigError(f"{key}= is not to be given here: it follows from the run and its checkpoints")
     values = run.slurm.model_dump()
     words += [f"slurm.{key}={values[key]}" for key in AS_TRAINING if values[key] and f"slurm.{key}" not in given]
-    benchmark: Benchmark = runpy.run_path(str(script), run_name=script.stem)["BENCHMARK"]
-    own: dict[str, Any] = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump()}
+    stated = runpy.run_path(str(script), run_name=script.stem)
+    benchmark: Benchmark = stated["BENCHMARK"]
     place = place_of(run_folder, script.stem, STEP)
     fixed = [f"checkpoint={run_folder}", f"step={STEP}", f"out={place}"]
-    options: Evaluation = read_options(Evaluation, [*fixed, *words], own)
+    options = options_of(benchmark, [*fixed, *words], stated.get("VALUES", {}))
     options = options.model_copy(update={"data": in_store(options.data, read_site().store)})
     return Scheduled(script.stem, benchmark, options, script_words([*fixed, *words], options, script.name))
 
 
 def check_data(run: Run, run_folder: Path) -> None:
-    """Every benchmark has shards of its splits."""
+    """Every benchmark has shards of its splits, with answers by which a score can be had."""
     for one in scheduled(run, run_folder):
-        shards = read_manifest(open_store(one.options.data))
-        for split in (one.options.split, one.benchmark.demonstrations):
-            shards_of(shards, split, one.options.data)
+        data, split = one.options.data, one.options.split
+        shards_of(read_manifest(open_store(data)), one.benchmark.demonstrations, data)
+        if not questions(data, split, one.benchmark, images=1)[0].references:  # then none of them has any
+            raise ConfigError(
+                f"evaluate.benchmarks.{one.name}: the answers of split={split} are not public, so {data} gives no "
+                f"scores while training goes on; eval/{one.name}.py by hand writes the file for the challenge's server"
+            )
 
 
 def check_jobs(run: Run, submission: Submission) -> None:
@@ -102,12 +105,19 @@ def check_jobs(run: Run, submission: Submission) -> None:
 
 
 def texts(run: Run, submission: Submission) -> dict[str, str]:
-    """``evaluate.json`` of a submission."""
+    """``evaluate.json`` of a submission.
+
+    A benchmark that the run's submission before this one did not evaluate is evaluated from the newest checkpoint on:
+    earlier ones, however many are kept, were written when nobody had asked for their scores.
+    """
+    before = read_plan(submission.run_folder, Submission(submission.run_folder, submission.number - 1).folder)
+    newest = max(map(checkpoint.step_of, checkpoint.finished(submission.run_folder)), default=0)
     benchmarks = {}
     for one in scheduled(run, submission.run_folder):
         work = one.work(run, submission.run_folder)
         benchmarks[one.name] = {
             "name": work.name,
+            "since": before.benchmarks.get(one.name, {}).get("since", newest),
             "command": [sys.executable, "-u", *one.words],
             "stages": {stage.name: scripts(work, stage, submission) for stage in work.stages},
         }

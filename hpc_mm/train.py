@@ -126,7 +126,7 @@ class Training:
         self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model, family), optimizer)
         self.objective.train()
         self.progress = self.resumed() or Progress(totals={name: dict.fromkeys(COUNTS, 0) for name in run.sources})
-        awaited = evaluations.awaited(run, folder)
+        awaited = evaluations.awaited(folder, Path.cwd().parent)
         self.saver = checkpoint.Saver(self.accelerator, folder, run.train.keep, run.train.keep_every, awaited)
         self.deadline.saved(self.progress.slowest_save)
         self.saved = self.progress.step  # of the newest checkpoint that was begun

@@ -69,6 +69,7 @@ NO_TORCH = (
     *("metrics", "ok_vqa", "benchmark", "demonstrations", "protocol", "predictions", "similarity", "trials", "scoring"),
     *("evaluate", "results", "compare", "watch", "gallery", "page"),
     *("run_scores", "scheduled", "evaluations"),
+    *("agreement", "faithfulness"),
 )
 
 

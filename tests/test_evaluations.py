@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -17,10 +18,11 @@ from runs import LOCAL, lines
 
 from hpc_mm import attempt, checkpoint, evaluations, scheduled
 from hpc_mm.command import Submission
-from hpc_mm.config import Run, with_overrides
+from hpc_mm.config import ConfigError, Run, with_overrides
 from hpc_mm.launch import main
 from hpc_mm.meter import Records
 from hpc_mm.recipes.toy import toy
+from hpc_mm.submission import next_submission
 
 COCO = "evaluate.benchmarks.coco"
 EVERY = ["recipe=toy", "train.save_every=2", "evaluate.every=4"]
@@ -31,12 +33,14 @@ env > "$TEST/environment"
 echo "$@" >> "$TEST/submitted"
 wc -l < "$TEST/submitted"
 """
+# squeue of a site, which is silent where it has no queue.
+SQUEUE = '#!/bin/sh\necho >> "$TEST/looks"\ncat "$TEST/queue"\n'
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Slurm of small scripts, an empty site, and a run's folder."""
-    for name, text in (("sbatch", SBATCH), ("squeue", '#!/bin/sh\ncat "$TEST/queue"\n')):
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scontrol", "#!/bin/sh\n")):
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
         program.write_text(text)
@@ -55,7 +59,7 @@ def written(here: Path, **benchmarks: str) -> Submission:
     run: Run = with_overrides(
         toy(), {"train.save_every": "2", "train.steps": "6", "slurm.account": "lab", "evaluate.every": "4", **values}
     )
-    submission = Submission(here / "run", 1)
+    submission = next_submission(here / "run")
     submission.folder.mkdir(parents=True)
     for name, text in scheduled.texts(run, submission).items():
         (submission.folder / name).write_text(text)
@@ -77,8 +81,9 @@ def scored(run_folder: Path, name: str, step: int, **scores: float) -> None:
         {"shots": 4, "selection": "random", "metric": metric, "rules": "openflamingo", "score": score}
         for metric, score in scores.items()
     ]
-    more = {"low": None, "high": None, "trials": [{}], "protocol": "p"}
-    (folder / "results.json").write_text(json.dumps({"data": "d", "scores": [{**entry, **more} for entry in entries]}))
+    more = {"low": None, "high": None, "others": {}, "trials": [], "protocol": "p", "values": {}}
+    about = {"benchmark": name, "data": "d", "checkpoint": str(run_folder), "step": str(step), "questions": 1}
+    (folder / "results.json").write_text(json.dumps({**about, "scores": [{**entry, **more} for entry in entries]}))
 
 
 # ---------------------------------------------------------------- launch
@@ -109,6 +114,52 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("hpc_mm: ")
     assert not (here / "runs").exists()
+
+
+def test_a_scripts_own_values_need_not_be_given(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = json.loads((written(here, toy="", toy_vqa="shots=4").folder / evaluations.FILE).read_text())
+    for name in ("toy", "toy_vqa"):
+        assert f"data={here}/store/shapes/benchmark" in text["benchmarks"][name]["command"]
+    run: Run = with_overrides(toy(), {"evaluate.benchmarks.toy": "", "evaluate.benchmarks.toy_vqa": "shots=4"})
+    assert [one.options.shots for one in scheduled.scheduled(run, here / "run")] == [(0, 2), (4,)]
+    assert main([*EVERY, "cluster=print", "evaluate.benchmarks.toy="]) == 0, capsys.readouterr().err
+
+
+def test_a_split_without_public_answers_is_refused(here: Path) -> None:
+    asked = questions.asked(0, 1)
+    for image in asked.values():
+        for question in image["questions"]:
+            del question["answers"]
+    data = questions.write_splits(here / "vqa", **{"test-dev": asked, "train": questions.asked(2)})
+    run: Run = with_overrides(toy(), {"evaluate.benchmarks.vqav2": f"data={data} split=test-dev"})
+    with pytest.raises(ConfigError, match=r"^evaluate.benchmarks.vqav2: the answers of split=test-dev are not public"):
+        scheduled.check_data(run, here / "run")
+    scheduled.check_data(with_overrides(run, {"evaluate.benchmarks.vqav2": f"data={data} split=train"}), here / "run")
+
+
+def test_old_checkpoints_are_not_evaluated_but_the_newest_is(here: Path) -> None:
+    """Those of before a benchmark was asked for neither begin nor stay, however often the run is launched again."""
+    run_folder, words = here / "run", "data=/benchmarks/x"
+
+    def due(submission: Submission) -> list[tuple[str, int]]:
+        found = evaluations.read_plan(run_folder, submission.folder).due()
+        waits = evaluations.awaited(run_folder, submission.folder)
+        kept = {checkpoint.step_of(path) for path in checkpoint.finished(run_folder)}
+        assert {step for step in kept if waits(step)} == {step for _, step in found}
+        return found
+
+    saved(run_folder, *range(4, 20, 4))
+    first = written(here, coco=words)
+    assert due(first) == [("coco", 16)]
+    saved(run_folder, 20, 24)
+    assert due(first) == [("coco", 16), ("coco", 20), ("coco", 24)]
+    assert due(written(here, coco=words, vqav2=words)) == [
+        *(("coco", 16), ("coco", 20)),
+        *(("coco", 24), ("vqav2", 24)),
+    ]
+    written(here, vqav2=words)
+    saved(run_folder, 28)
+    assert due(written(here, coco=words, vqav2=words)) == [("vqav2", 24), ("coco", 28), ("vqav2", 28)]
 
 
 # ---------------------------------------------------------------- jobs
@@ -174,6 +225,62 @@ def test_a_refused_evaluation_is_a_line_and_no_more(here: Path) -> None:
     assert said[0].endswith("Access/permission denied")
 
 
+def test_an_evaluation_that_ended_without_results_is_told_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submission, said = written(here, coco="data=/benchmarks/coco shots=0,4", vqav2="data='/with space'"), list[str]()
+    saved(submission.run_folder, 4)
+    jobs = evaluations.Jobs(submission.run_folder, submission.folder, said.append)
+    monkeypatch.setattr(evaluations, "LOOK", 0)
+    queue = here / "queue"
+
+    def told(text: str | None = None, times: int = 1) -> list[str]:
+        queue.unlink(missing_ok=True)
+        if text is not None:
+            queue.write_text(text)
+        said.clear()
+        for _ in range(times):
+            jobs.update()
+        return said
+
+    both = "toy\ntoy-coco-step-4-answer\ntoy-vqav2-step-4-collect\n"
+    jobs.update()
+    assert told(both, 3) == []
+    assert told(None, 3) == [], "Slurm does not say"
+    assert told("toy\n") == [], "results may be there and not be seen yet"
+    assert told(both) == [] and told("toy\n") == []
+    scored(submission.run_folder, "vqav2", 4, vqa=1.0)
+    (line,) = told("toy\n", 3)
+    logs, place = (submission.run_folder / "eval" / name for name in ("logs/coco-step-4", "coco/step-4"))
+    start = f"evaluating step 4 by coco ended without results; logs {logs}; by hand: "
+    assert line.startswith(start)
+    change, _, command = line.removeprefix(start).partition(" && ")
+    assert change == f"cd {submission.code}"
+    words = shlex.split(command)
+    assert words[:4] == [f"PYTHONPATH={submission.code}", sys.executable, "-u", "eval/coco.py"]
+    assert {"step=4", f"out={place}", "data=/benchmarks/coco", "shots=0,4"} < set(words)
+    assert not [word for word in words if word.startswith(("cluster=", "stage="))]
+    saved(submission.run_folder, 6)
+    assert told("toy\n") == [
+        f"step 6 is evaluated by {name}: jobs {jobs}, logs {logs.parent}/{name}-step-6"
+        for name, jobs in (("coco", "7 8 9"), ("vqav2", "10 11 12"))
+    ]
+    assert [line.partition(";")[0] for line in told("toy\n", 3)] == [
+        f"evaluating step 6 by {name} ended without results" for name in ("coco", "vqav2")
+    ]
+
+
+def test_slurm_is_asked_seldom_and_only_for_what_is_under_way(here: Path) -> None:
+    submission = written(here, coco="data=/benchmarks/coco")
+    jobs = evaluations.Jobs(submission.run_folder, submission.folder, print)
+    looks = here / "looks"
+    for _ in range(3):
+        jobs.update()
+    assert not looks.exists()
+    saved(submission.run_folder, 4)
+    for _ in range(9):
+        jobs.update()
+    assert len(looks.read_text()) == 2, "before it was submitted, and a look"
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -204,7 +311,8 @@ def test_processes_follow_one_another_and_may_fail(here: Path) -> None:
         "evaluating step 4 by coco failed (exit code 1)",
         "evaluating step 4 by vqav2 failed (exit code 127)",
     ]
-    assert f"19 {submission.code} 4; its log" in said[0] and "/none" in said[1]
+    assert f"19 {submission.code} 4; its log: {logs}/coco-step-4.log; by hand: cd {submission.code} && " in said[0]
+    assert said[0].endswith(" 4") and said[1].endswith(f"PYTHONPATH={submission.code} /none")
     assert not (logs / "vqav2-step-6.log").exists()
 
 
@@ -212,18 +320,17 @@ def test_processes_follow_one_another_and_may_fail(here: Path) -> None:
 
 
 def test_a_checkpoint_stays_until_its_scores_are_there(here: Path) -> None:
-    run: Run = with_overrides(
-        toy(), {"train.save_every": "2", "evaluate.every": "4", COCO: "data=x", "evaluate.benchmarks.vqav2": "data=x"}
-    )
-    saved(here, *range(2, 14, 2))
-    scored(here, "coco", 4, cider=1.0)
-    scored(here, "coco", 8, cider=1.0)
-    scored(here, "vqav2", 8, vqa=1.0)
-    checkpoint.prune(here, keep=1, awaited=evaluations.awaited(run, here))
-    assert [checkpoint.step_of(path) for path in checkpoint.finished(here)] == [4, 12]
-    scored(here, "vqav2", 4, vqa=1.0)
-    checkpoint.prune(here, keep=1, awaited=evaluations.awaited(run, here))
-    assert [checkpoint.step_of(path) for path in checkpoint.finished(here)] == [12]
+    submission = written(here, coco="data=x", vqav2="data=x")
+    run, awaited = submission.run_folder, evaluations.awaited(submission.run_folder, submission.folder)
+    saved(run, 2, 4, 8, 10, 12)
+    scored(run, "coco", 4, cider=1.0)
+    scored(run, "coco", 8, cider=1.0)
+    scored(run, "vqav2", 8, vqa=1.0)
+    checkpoint.prune(run, keep=1, awaited=awaited)
+    assert [checkpoint.step_of(path) for path in checkpoint.finished(run)] == [4, 12]
+    scored(run, "vqav2", 4, vqa=1.0)
+    checkpoint.prune(run, keep=1, awaited=awaited)
+    assert [checkpoint.step_of(path) for path in checkpoint.finished(run)] == [12]
 
 
 def test_a_line_of_metrics_has_each_score_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

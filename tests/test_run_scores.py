@@ -1,7 +1,10 @@
 """A run's scores: all that evaluations left, in order, read once."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from evaluations import TOY, VQA, evaluate
 
 from hpc_mm import results
 from hpc_mm.config import ConfigError
-from hpc_mm.data.store import Store
+from hpc_mm.data.store import Store, open_store
 from hpc_mm.run_scores import RunScore, metrics_of, scores_of
 
 SAID = ["caption 0.1", "nothing", "caption 2.2"]
@@ -105,13 +108,55 @@ def test_files_are_read_once(run_folder: Path, data: dict[str, str], reads: list
     assert len(found[1].entries) == len(first[1].entries) + 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"data": "d"}', '{"data": "d", "scores": [{"shots": 4}]}'])
+ABOUT = {"benchmark": "toy", "data": "d", "checkpoint": "c", "step": "9", "questions": 3}
+SCORE = {"shots": 4, "selection": "random", "metric": "cider", "rules": "openflamingo", "score": 1.5, "low": None}
+SCORE |= {"high": None, "others": {}, "trials": [], "protocol": "p", "values": {}}
+DAMAGED = [
+    {**ABOUT, "scores": {}},
+    *({**ABOUT, "scores": [{key: value for key, value in SCORE.items() if key != gone}]} for gone in SCORE),
+    *({**ABOUT, "scores": [{**SCORE, **wrong}]} for wrong in ({"score": None}, {"trials": [{"seed": 1}]})),
+    {**ABOUT, "scores": [{**SCORE, "score": float("nan")}]},
+]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"data": "d"}', *map(json.dumps, DAMAGED)])
 def test_damaged_results_are_told_in_a_line(run_folder: Path, text: str) -> None:
     file = run_folder / "eval" / "toy" / "step-9" / "results.json"
     file.write_text(text)
     with pytest.raises(ConfigError) as found:
         scores_of(run_folder)
     assert f"{file} is damaged" in str(found.value) and "\n" not in str(found.value)
+
+
+def test_one_reader_gives_what_one_writer_wrote(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """The same bytes, whether all rules came at once or one after the other."""
+    for name in ("lmms-eval", "openflamingo", "lmms-eval"):
+        evaluate(tmp_path / "other", TOY, 9, data["toy"], SAID, shots=(0, 2), rules=(name,))
+    one, other = (folder / "eval" / "toy" / "step-9" / "results.json" for folder in (run_folder, tmp_path / "other"))
+    text = one.read_text()
+    assert other.read_text().replace(str(tmp_path / "other"), json.loads(text)["checkpoint"]) == text
+    assert results.read(open_store(str(one.parent))) == json.loads(text)
+
+
+def test_wandb_keeps_random_and_similar_demonstrations_apart(tmp_path: Path) -> None:
+    """In a process of its own: wandb starts a service that outlives a test."""
+    folder = tmp_path / "eval" / "coco" / "step-9"
+    folder.mkdir(parents=True)
+    scores = [{**SCORE, "selection": selection, "protocol": selection} for selection in ("random", "rices")]
+    (folder / "results.json").write_text(json.dumps({**ABOUT, "scores": scores}))
+    code = (
+        "import sys; from evaluations import TOY; from hpc_mm.config import with_overrides;"
+        "from hpc_mm.recipes.toy import toy; from hpc_mm.results import Origin, track;"
+        "from hpc_mm.trials import Choice, Planned; run = with_overrides(toy(), {'tracking.wandb': 'offline'});"
+        "planned = Planned(sys.argv[2], Choice((4,), (), 8, ''), [], [], {});"
+        "track(run, TOY, planned, Origin('d', sys.argv[1], '9'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(tmp_path), str(folder)]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    for name in (b"eval/toy/4shot/cider", b"eval/toy/4shot-rices/cider"):
+        assert name in written.read_bytes()
 
 
 def test_names_of_metrics(run_folder: Path, data: dict[str, str]) -> None:
