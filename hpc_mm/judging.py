@@ -24,7 +24,7 @@ from hpc_mm.checkpoint import LATEST
 from hpc_mm.config import ConfigError, Part, Positive, Run, Slurm
 from hpc_mm.data.parts import changes
 from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, open_store, whole, write_changed
-from hpc_mm.faithfulness import Item
+from hpc_mm.faithfulness_files import Item
 from hpc_mm.metrics import vqascore
 from hpc_mm.predictions import SIZE, Plan, Row, as_read, merged, parts_to_do, read_plan, save_plan, write_part
 from hpc_mm.results import RESULTS, finite

@@ -23,7 +23,7 @@ from hpc_mm.models.clip_flant5 import ClipFlanT5Model
 
 MAX_TOKENS = 2048  # of a question, its image as one; what CLIP-FlanT5 was trained with
 ROWS = 16  # pairs that are scored at once in fp32
-STEP = 8  # tokens: prompts are padded to a multiple of it
+STEP = 8  # places of the encoder: a prompt and its image are padded to a multiple of it
 Ids = NDArray[np.int64]
 
 
@@ -85,7 +85,7 @@ class VqaScorer:
         found = np.empty((len(pairs), len(self.answer)))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             features = self.features.of(wanted, self.model.encode, self.model.image_spec, self.device)
-            for length, places in by_length([len(prompts[text]) for _, text in pairs]).items():
+            for length, places in self._by_length(prompts, pairs).items():
                 for some in slices(places, self.rows):
                     filled = [*some, *[some[-1]] * (self.rows - len(some))]
                     rows = [prompts[pairs[place][1]] for place in filled]
@@ -119,25 +119,24 @@ class VqaScorer:
             self.prompt(text, name)
         return sum(without_special(text, self.special) != text for text in texts.values())
 
+    def _by_length(self, prompts: Sequence[Ids], pairs: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+        """Places of pairs by how many places of the encoder they take, with padding."""
+        found: dict[int, list[int]] = {}
+        for place, (_, text) in enumerate(pairs):
+            length = len(prompts[text]) - 1 + self.model.image_spec.tokens
+            found.setdefault(-(-length // STEP) * STEP, []).append(place)
+        return found
+
     def _answered(self, rows: Sequence[Ids], length: int, features: Tensor) -> NDArray[np.float64]:
-        """Log-probabilities of the answer's tokens after prompts padded to ``length``: (rows, tokens)."""
-        ids = padded([*rows, np.full(length, PAD)], PAD)[:-1]
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(length) < lengths[:, None]).long()
+        """Log-probabilities of the answer's tokens after prompts, which take ``length`` places: (rows, tokens)."""
+        ids = padded(rows, PAD)
+        mask = (torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]).long()
         labels = self.answer.expand(len(rows), -1).to(self.device)
         counts = torch.ones(len(rows), dtype=torch.int64, device=self.device)
-        logits = self.model.logits(ids.to(self.device), mask.to(self.device), features, counts, labels)
+        logits = self.model.logits(ids.to(self.device), mask.to(self.device), features, counts, labels, length)
         chances = logits.float().log_softmax(dim=-1).gather(-1, labels[..., None])[..., 0]
         found: NDArray[np.float64] = chances.double().cpu().numpy()
         return found
-
-
-def by_length(lengths: Sequence[int]) -> dict[int, list[int]]:
-    """Places by the length that they are padded to."""
-    found: dict[int, list[int]] = {}
-    for place, length in enumerate(lengths):
-        found.setdefault(-(-length // STEP) * STEP, []).append(place)
-    return found
 
 
 def load(weights: Weights, running: Running, template: Template, max_tokens: int) -> VqaScorer:
