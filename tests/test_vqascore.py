@@ -1,0 +1,143 @@
+"""VQAScore beside transformers' own T5 and CLIP, one pair at a time; and that neighbours do not change a bit of it."""
+
+import io
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import judges
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+from torch import Tensor
+from torch.nn import functional
+from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+
+from hpc_mm.answerer import trained, Weights
+from hpc_mm.config import ConfigError
+from hpc_mm.metrics import vqascore
+from hpc_mm.models.clip_flant5 import ClipFlanT5Model
+from hpc_mm.vqascore import ROWS, VqaScorer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipFlanT5Model, Any]:
+    folder = tmp_path_factory.mktemp("judge")
+    return trained(Weights(judges.run_of(folder), folder, "0"), "fp32")
+
+
+def scorer(parts: tuple[ClipFlanT5Model, Any], **how: Any) -> VqaScorer:
+    return VqaScorer(*parts, "cpu", **how)
+
+
+def every(images: int, texts: int) -> list[tuple[int, int]]:
+    return [(image, text) for image in range(images) for text in range(texts)]
+
+
+# ---------------------------------------------------------------- an independent computation
+
+
+def clip_of(tower: Any) -> CLIPVisionModel:
+    """transformers' CLIP with the weights of open_clip's tower."""
+    layers = tower.transformer.resblocks
+    width = tower.conv1.out_channels
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=layers[0].mlp.c_fc.out_features,
+        num_hidden_layers=len(layers) + 1,  # the last one, which nobody reads, is random
+        num_attention_heads=layers[0].attn.num_heads,
+        image_size=tower.image_size[0],
+        patch_size=tower.patch_size[0],
+        hidden_act="gelu",
+        attn_implementation="eager",
+    )
+    model = CLIPVisionModel(config).eval()
+    own = {
+        "embeddings.class_embedding": tower.class_embedding,
+        "embeddings.patch_embedding.weight": tower.conv1.weight,
+        "embeddings.position_embedding.weight": tower.positional_embedding,
+        "pre_layrnorm.weight": tower.ln_pre.weight,
+        "pre_layrnorm.bias": tower.ln_pre.bias,
+    }
+    pairs = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    for number, layer in enumerate(layers):
+        for kind in ("weight", "bias"):
+            for theirs, ours in {**pairs, "self_attn.out_proj": "attn.out_proj"}.items():
+                own[f"encoder.layers.{number}.{theirs}.{kind}"] = getattr(layer.get_submodule(ours), kind)
+            joined = getattr(layer.attn, f"in_proj_{kind}")
+            for name, part in zip("qkv", joined.chunk(3), strict=True):
+                own[f"encoder.layers.{number}.self_attn.{name}_proj.{kind}"] = part
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""
+    missing, strange = model.load_state_dict({prefix + name: value for name, value in own.items()}, strict=False)
+    assert not strange
+    assert all("post_layernorm" in name or "layers." in name or "position_ids" in name for name in missing), missing
+    return model
+
+
+def t5_of(language: Any) -> T5ForConditionalGeneration:
+    config = T5Config(**{**language.config.to_dict(), "dropout_rate": 0.0})
+    config._attn_implementation = "eager"
+    model = T5ForConditionalGeneration(config).eval()
+    weights = {name: value for name, value in language.state_dict().items() if "lm_head" not in name}
+    model.load_state_dict(weights, strict=False)
+    model.lm_head = torch.nn.Linear(config.d_model, config.vocab_size, bias=False)  # one of its own
+    model.lm_head.weight.data.copy_(language.lm_head.weight.data)
+    assert torch.equal(model.shared.weight, language.shared.weight)
+    return model
+
+
+def alone(model: ClipFlanT5Model, tokenizer: Any, image: bytes, text: str) -> float:
+    """A pair's score, from the definition."""
+    pixels = torch.from_numpy(np.array(Picture.open(io.BytesIO(image)).convert("RGB"))).permute(2, 0, 1) / 255
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    with torch.no_grad():
+        states = clip_of(model.vision)((pixels - mean)[None] / std, output_hidden_states=True).hidden_states
+        first, _, second = model.projector
+        patches = second(functional.gelu(first(states[-2][:, 1:])))
+        t5 = t5_of(model.language)
+        before = tokenizer(f"{SYSTEM} USER: ")["input_ids"]
+        after = tokenizer(f'\nDoes this figure show "{text}"? Please answer yes or no. ASSISTANT: ')["input_ids"]
+        embed = lambda ids: t5.shared(torch.tensor([ids]))  # noqa: E731
+        inputs = torch.cat([embed(before), patches, embed(after)], dim=1)
+        labels = torch.tensor([tokenizer("Yes")["input_ids"]])
+        return math.exp(-t5(inputs_embeds=inputs, labels=labels).loss.item())
+
+
+def test_scores_are_those_of_transformers_own_modules(parts: tuple[ClipFlanT5Model, Any]) -> None:
+    model, tokenizer = parts
+    images, texts = judges.images(4), judges.texts(5)
+    pairs = every(4, 5)
+    found = scorer(parts).score(images, texts, pairs)
+    expected = [alone(model, tokenizer, images[i], texts[t]) for i, t in pairs]
+    assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
+    assert max(found) > 100 * min(found)
+    print(found, abs(found / expected - 1).max())
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 2**30])
+def test_a_score_is_the_same_bits_whatever_is_scored_beside_it(
+    parts: tuple[ClipFlanT5Model, Any], keep_bytes: int
+) -> None:
+    images, texts = judges.images(7), judges.texts(13)
+    pairs = every(7, 13)
+    judge = scorer(parts, keep_bytes=keep_bytes)
+    together = dict(zip(pairs, judge.score(images, texts, pairs).tolist(), strict=True))
+    assert len({len(judge.prompt(text, "")) for text in texts}) > 4 and len(pairs) % ROWS
+    shuffled = random.Random(0).sample(pairs, len(pairs))
+    for batch in (1, 7, 32):
+        judge = scorer(parts, batch=batch, keep_bytes=keep_bytes)
+        found: dict[tuple[int, int], float] = {}
+        for start in range(0, len(shuffled), batch):
+            some = shuffled[start : start + batch]
+            found |= zip(some, judge.score(images, texts, some).tolist(), strict=True)
+        assert found == together
