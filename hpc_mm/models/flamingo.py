@@ -41,8 +41,9 @@ from hpc_mm.models.language_model import (
 )
 from hpc_mm.models.openflamingo_weights import LEARNT, load_openflamingo
 from hpc_mm.models.packing import packed_arguments
-from hpc_mm.models.parts import exported_files, load_exported, seeded
+from hpc_mm.models.parts import seeded
 from hpc_mm.models.vision_tower import image_spec, load_vision
+from hpc_mm.models.weight_files import exported_files, load_exported
 
 __all__ = ["FlamingoModel", "build", "load_tokenizer"]
 

@@ -12,7 +12,6 @@ Its keys (github.com/mlfoundations/open_flamingo, versions 1 and 2), any of them
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hpc_mm.config import ConfigError
+from hpc_mm.models.weight_files import pickled, state_in
 
 if TYPE_CHECKING:
     from hpc_mm.models.flamingo import FlamingoModel
@@ -77,20 +77,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     path = path.expanduser()
     if path.is_dir():
         path /= "checkpoint.pt"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise ConfigError(f"checkpoint {path}: {error.strerror}") from None
-    except pickle.UnpicklingError:
-        raise ConfigError(
-            f"checkpoint {path} holds more than tensors and plain values; such a file could run code"
-        ) from None
-    except RuntimeError:  # no zip, a cut one, or one of something else
-        raise ConfigError(f"checkpoint {path} is no whole file of torch.save (PyTorch 1.6 or later)") from None
+    content = pickled(path)
     state = content.get("model_state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"checkpoint {path} is no state dict of OpenFlamingo")
-    return state
+    return state_in(state, f"checkpoint {path} is no state dict of OpenFlamingo")
 
 
 def _plain(key: str) -> str:

@@ -1,24 +1,15 @@
-"""What several model families are made of: the projector, the splice, random streams, and reading exported weights."""
+"""What several model families are made of: random streams, the projector, and images spliced in among tokens."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Literal, Protocol
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpc_mm.config import IMAGE_PLACE, ConfigError
-
-
-class HasParts(Protocol):
-    """A model whose parameters belong to named parts."""
-
-    def part_of(self, name: str) -> str: ...
+from hpc_mm.config import IMAGE_PLACE
 
 
 @contextlib.contextmanager
@@ -68,37 +59,3 @@ def splice(
     nothing = rows * tokens + features.shape[0] * patches
     table = torch.cat([embedded.flatten(0, 1), features.flatten(0, 1), features.new_zeros(1, width)])
     return table[torch.where(mask, source, nothing)], mask
-
-
-# ---------------------------------------------------------------- what hpc_mm.export wrote
-
-
-def exported_files(folder: Path) -> list[Path]:
-    """The weights' files that ``hpc_mm.export`` wrote, if it did. ConfigError where one of several is missing."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return list(folder.glob("model.safetensors"))
-    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ConfigError(f"{folder} lacks {len(missing)} of {len(files)} files of weights, such as {missing[0]}")
-    return files
-
-
-def load_exported(model: HasParts, ours: Mapping[str, Tensor], files: Sequence[Path], needed: Sequence[str]) -> None:
-    """Copy the weights that ``hpc_mm.export`` wrote into ``ours``, the model's by name; others stay.
-
-    ConfigError where one has no place there, and where there are none of a part that is ``needed``.
-    """
-    absent = {model.part_of(name) for name in ours} & set(needed)
-    for file in files:
-        for name, value in load_file(file).items():
-            absent.discard(model.part_of(name))
-            if name not in ours or ours[name].shape != value.shape:
-                found = f"of shape {tuple(ours[name].shape)}" if name in ours else "not there"
-                raise ConfigError(f"{file}: {name} has shape {tuple(value.shape)}, in this model it is {found}")
-            ours[name].data.copy_(value)
-    if absent:
-        raise ConfigError(
-            f"{files[0].parent}: no weights of {' and '.join(sorted(absent))}; its run did not train them"
-        )
