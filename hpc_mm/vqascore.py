@@ -22,18 +22,18 @@ from hpc_mm.metrics import vqascore
 from hpc_mm.models.clip_flant5 import ClipFlanT5Model
 
 MAX_TOKENS = 2048  # of a question, its image as one; what CLIP-FlanT5 was trained with
-ROWS = 16  # pairs that are scored at once in fp32
-STEP = 8  # places of the encoder: a prompt and its image are padded to a multiple of it
+STEP = 16  # places of the encoder: a prompt and its image are padded to a multiple of it
+PLACES_OF_GPU, PLACES_OF_CPU = 2**14, 2**11  # of the encoder, that are read at once in fp32
 Ids = NDArray[np.int64]
 
 
 class VqaScorer:
     """Scores of ``model`` on ``device``; ``keep_bytes`` of image features are kept there.
 
-    With ``precision`` bf16 the model runs under autocast, ``batch`` pairs at a time. In fp32 it is ROWS at a time,
-    whatever ``batch`` is. Batches are filled up, and a prompt is padded by its own length, so that the shape of all
-    arithmetic is always the same: a score is the same bits whatever is scored beside it or before, in any order; in
-    bf16 with the same ``batch``.
+    With ``precision`` bf16 the model runs under autocast, ``batch`` pairs at a time; in fp32 it is as many as their
+    length has room for, whatever ``batch`` is. A prompt is padded by its own length, and batches are filled up, so that
+    a pair decides the shape of the arithmetic that it is part of: its score is the same bits whatever is scored beside
+    it or before, in any order; in bf16 with the same ``batch``.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class VqaScorer:
         self.model = model.eval().to(device)
         self.tokenizer, self.special = tokenizer, special_text(tokenizer)
         self.device, self.half = torch.device(device), precision == "bf16"
-        self.rows = batch if self.half else ROWS
+        self.batch = batch
         self.features = Features(keep_bytes)
         self.template, self.max_tokens = template, max_tokens
         self.answer = torch.from_numpy(ended_ids(ANSWER, tokenizer))  # (L,), its end with it
@@ -86,8 +86,9 @@ class VqaScorer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             features = self.features.of(wanted, self.model.encode, self.model.image_spec, self.device)
             for length, places in self._by_length(prompts, pairs).items():
-                for some in slices(places, self.rows):
-                    filled = [*some, *[some[-1]] * (self.rows - len(some))]
+                rows_at_once = self.rows(length)
+                for some in slices(places, rows_at_once):
+                    filled = [*some, *[some[-1]] * (rows_at_once - len(some))]
                     rows = [prompts[pairs[place][1]] for place in filled]
                     seen = torch.stack([features[digests[pairs[place][0]]] for place in filled])
                     found[some] = self._answered(rows, length, seen)[: len(some)]
@@ -118,6 +119,11 @@ class VqaScorer:
         for name, text in texts.items():
             self.prompt(text, name)
         return sum(without_special(text, self.special) != text for text in texts.values())
+
+    def rows(self, length: int) -> int:
+        """Pairs of so many places that are scored at once."""
+        places = PLACES_OF_CPU if self.device.type == "cpu" else PLACES_OF_GPU
+        return self.batch if self.half else max(1, places // length)
 
     def _by_length(self, prompts: Sequence[Ids], pairs: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
         """Places of pairs by how many places of the encoder they take, with padding."""

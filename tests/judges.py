@@ -10,7 +10,7 @@ from hpc_mm.config import PAD_TOKEN, Run, with_overrides
 from hpc_mm.recipes.clip_flant5_toy_stage2 import clip_flant5_toy_stage2
 
 SIZE = 32  # pixels of the tower's pictures
-ASKED = "A chat between USER ASSISTANT : Does this figure show Please answer yes or no . ? \" Yes No".split()
+ASKED = 'A chat between USER ASSISTANT : Does this figure show Please answer yes or no . ? " Yes No'.split()
 SMALLER = {
     "name": "judge",
     "start": "",
@@ -53,4 +53,7 @@ def images(count: int, width: int = SIZE, height: int = SIZE) -> list[bytes]:
 
 def texts(count: int) -> list[str]:
     """Of one to twelve words, no two alike."""
-    return [f"{samples.sentence(random.Random(number))} {' '.join(['of'] * (number % 5))}".strip() for number in range(count)]
+    return [
+        f"{samples.sentence(random.Random(number))} {' '.join(['of'] * (number % 5))}".strip()
+        for number in range(count)
+    ]
