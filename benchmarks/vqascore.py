@@ -2,10 +2,10 @@
 
     python benchmarks/vqascore.py [size=small|eighth|tiny]
 
-Four texts of 5 to 20 words per image, as benchmarks of text-to-image models have them. The loop is what t2v_metrics does
-since September 2024 (its score.py), with our modules: for each pair the image is decoded and encoded, the question is
-tokenised, and the model reads it alone. Both run in this process, in fp32, and must give the same scores; images are of
-the tower's size, so that reading them costs next to nothing.
+Four texts of 5 to 20 words per image. The loop is what t2v_metrics does since September 2024 (its score.py), with our
+modules: for each pair the image is decoded and encoded, the question is tokenised, and the model reads it alone. Both
+run in this process, in fp32, and must give the same scores; images are of the tower's size, so that reading them costs
+next to nothing.
 
 ``small``: as many operations in the tower as with CLIP-FlanT5-XL, a sixth of a pair's, but matrices so small that a
 single pair keeps a CPU core as badly busy as XL's keeps a GPU. ``eighth``: an eighth of XL's widths and depths with all

@@ -10,7 +10,7 @@ from hpc_mm.config import PAD_TOKEN, Run, with_overrides
 from hpc_mm.recipes.clip_flant5_toy_stage2 import clip_flant5_toy_stage2
 
 SIZE = 32  # pixels of the tower's pictures
-ASKED = 'A chat between USER ASSISTANT : Does this figure show Please answer yes or no . ? " Yes No'.split()
+ASKED = 'A chat between USER ASSISTANT : Does this figure show Please answer yes or no . ? " Yes No'
 SMALLER = {
     "name": "judge",
     "start": "",
@@ -26,7 +26,7 @@ SMALLER = {
 
 
 def tokenizer_file(folder: Path) -> str:
-    words = [PAD_TOKEN, "</s>", "<unk>", *samples.WORDS, *dict.fromkeys(ASKED)]
+    words = [PAD_TOKEN, "</s>", "<unk>", *samples.WORDS, *ASKED.split()]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([PAD_TOKEN, "</s>"])

@@ -3,7 +3,6 @@
 import io
 import math
 import random
-from pathlib import Path
 from typing import Any
 
 import judges
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
-from hpc_mm.answerer import trained, Weights
+from hpc_mm.answerer import Weights, trained
 from hpc_mm.config import ConfigError
 from hpc_mm.metrics import vqascore
 from hpc_mm.models.clip_flant5 import ClipFlanT5Model
@@ -127,11 +126,11 @@ def test_scores_are_those_of_transformers_own_modules(parts: tuple[ClipFlanT5Mod
 def test_a_score_is_the_same_bits_whatever_is_scored_beside_it(
     parts: tuple[ClipFlanT5Model, Any], keep_bytes: int
 ) -> None:
-    images, texts = judges.images(7), judges.texts(13)
-    pairs = every(7, 13)
+    images, texts = judges.images(4), judges.texts(9)
+    pairs = every(4, 9)
     judge = scorer(parts, keep_bytes=keep_bytes)
     together = dict(zip(pairs, judge.score(images, texts, pairs).tolist(), strict=True))
-    assert len({len(judge.prompt(text, "")) for text in texts}) > 4
+    assert len({len(judge.prompt(text, "")) for text in texts}) > 3
     shuffled = random.Random(0).sample(pairs, len(pairs))
     for batch in (1, 7, 32):
         judge = scorer(parts, batch=batch, keep_bytes=keep_bytes)
@@ -188,11 +187,11 @@ def test_texts_that_cannot_be_asked_about_are_named(parts: tuple[ClipFlanT5Model
     judge = scorer(parts, max_tokens=50)
     longest = 50 - len(judge.prompt("red", "text")) + 1
     assert len(judge.prompt("red " * longest, "text")) == 50
-    with pytest.raises(ConfigError, match="^item 3, text 1: its question has 51 tokens, .* at most 50"):
+    with pytest.raises(ConfigError, match=r"^item 3, text 1: its question has 51 tokens, .* at most 50"):
         judge.check({"item 3, text 1": "red " * (longest + 1)})
-    with pytest.raises(ConfigError, match="^item 4 is empty$"):
+    with pytest.raises(ConfigError, match=r"^item 4 is empty$"):
         judge.check({"item 4": " </s> "})
-    with pytest.raises(ConfigError, match="^image 1: an image cannot be read"):
+    with pytest.raises(ConfigError, match=r"^image 1: an image cannot be read"):
         judge.score([judges.images(1)[0], b"no image"], ["red"], [(0, 0), (1, 0)])
 
 
