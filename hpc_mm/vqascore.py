@@ -22,8 +22,8 @@ from hpc_mm.metrics import vqascore
 from hpc_mm.models.clip_flant5 import ClipFlanT5Model
 
 MAX_TOKENS = 2048  # of a question, its image as one; what CLIP-FlanT5 was trained with
-STEP = 16  # places of the encoder: a prompt and its image are padded to a multiple of it
-PLACES_OF_GPU, PLACES_OF_CPU = 2**14, 2**11  # of the encoder, that are read at once in fp32
+STEP = 8  # places of the encoder: a prompt and its image are padded to a multiple of it
+PLACES_OF_GPU, PLACES_OF_CPU = 2**14, 2**10  # of the encoder, that are read at once in fp32
 Ids = NDArray[np.int64]
 
 
