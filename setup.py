@@ -8,6 +8,7 @@ TRAIN = [
     "accelerate>=1.5",
     "deepspeed>=0.19",  # from here on it skips a step whose gradient is not finite
     "ninja",  # DeepSpeed compiles its host operations with it
+    "peft>=0.17",  # LoRA
     "safetensors>=0.4",
     "wandb",
 ]

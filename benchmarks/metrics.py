@@ -1,11 +1,13 @@
-"""Seconds to score captions and answers: ours beside pycocoevalcap and OpenFlamingo's code, in one process.
+"""Seconds to score captions, answers and ratings: ours beside pycocoevalcap, OpenFlamingo's code and a definition.
 
-    python benchmarks/metrics.py [images=5000] [questions=214354] [rounds=3]
+    python benchmarks/metrics.py [images=5000] [questions=214354] [rated=5000] [rounds=3]
 
 Captions: five references per image, words as frequent as in English (Zipf), with capitals, full stops, commas, quotes
 and hyphens. pycocoevalcap's side includes its Java program that splits them, once for all three in the last line.
 Answers: ten per question, tens of thousands of different ones; the peer is VQAEval.evaluate of open_flamingo, which is
-the code of other evaluation suites too. Both sides' scores are compared. The best round counts; that peer has only one.
+the code of other evaluation suites too. Ratings: eight images per prompt, scores that tie nowhere; the definition tries
+every eps on all pairs, with numpy, on a part of the prompts. Both sides' scores are compared. The best round counts;
+open_flamingo and the definition have only one.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ from hpc_mm.config import parse_arguments
 
 WORDS, REFERENCES, ANSWERS = 12_000, 5, 10  # different words; per image; per question
 DIFFERENT = 100_000  # answers of VQAv2
+RATED, BY_DEFINITION = 8, 500  # images per prompt; prompts
 
 
 def words(count: int) -> list[str]:
@@ -134,12 +137,37 @@ def flamingo(predictions: list[str], answers: list[list[str]]) -> list[float]:
     return list(evaluation.evalQA.values())
 
 
+def of_ratings(prompts: int, rounds: int) -> None:
+    generator = np.random.default_rng(2)
+    human = generator.integers(3, 16, (prompts, RATED)) / 3  # means of three ratings of 1 to 5
+    scores = human + generator.normal(size=human.shape)
+    part = min(prompts, BY_DEFINITION)
+    ours, found = best(rounds, lambda: metrics.tie_calibration(scores[:part], human[:part]))
+    theirs, expected = best(1, lambda: calibrated(scores[:part], human[:part]))
+    assert found == expected, (found, expected)
+    line(f"tie calibration, {part:,} x {RATED}", ours, theirs, "the definition")
+    ours, _ = best(rounds, lambda: metrics.tie_calibration(scores, human))
+    print(f"{f'tie calibration, {prompts:,} x {RATED}':34}{ours:8.2f} s")
+
+
+def calibrated(scores: np.ndarray, human: np.ndarray) -> tuple[float, float]:
+    """Pairwise accuracy at every eps, and the least of the best: arXiv 2305.14324 as it stands."""
+    first, second = np.triu_indices(scores.shape[1], 1)
+    apart = np.abs(scores[:, first] - scores[:, second])
+    in_order = np.sign(scores[:, first] - scores[:, second]) == np.sign(human[:, first] - human[:, second])
+    wanted = human[:, first] == human[:, second]
+    tried = np.unique([0.0, *apart.flat])
+    right = [int(np.where(apart <= eps, wanted, in_order & ~wanted).sum()) for eps in tried]
+    return max(right) / apart.size, float(tried[int(np.argmax(right))])
+
+
 def main() -> None:
     arguments = parse_arguments(sys.argv[1:])
     rounds = int(arguments.get("rounds", 3))
     print(f"{'':34}{'ours':>10}{'peer':>10}")
     of_captions(int(arguments.get("images", 5000)), rounds)
     of_answers(int(arguments.get("questions", 214_354)), rounds)
+    of_ratings(int(arguments.get("rated", 5000)), rounds)
 
 
 if __name__ == "__main__":

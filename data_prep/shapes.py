@@ -41,6 +41,7 @@ from hpc_mm.config import (
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.store import StoreError, open_store
+from hpc_mm.data.templates import QUESTION, SYSTEM
 from hpc_mm.site import in_store, read_site
 
 PIXELS = 64
@@ -330,7 +331,7 @@ def chat(seed: int, number: int) -> Sample:
     if random.random() < 0.8:
         true = random.random() < 0.5
         claimed = scene if true else wrong(scene, random)
-        question = FIGURE_QUESTION.format(claimed.references[random.random() < 0.2])  # those that tell a relation
+        question = QUESTION.format(claimed.references[random.random() < 0.2])  # those that tell a relation
         answer = "Yes" if true else "No"
     else:
         _, question, answer, _ = random.choice(list(questions_about(scene)))
@@ -413,7 +414,7 @@ def make_corpus(options: Shapes) -> None:
     write_faithfulness(out, seed, options.heldout)
     open_store(in_store("shapes", out)).write("tokenizer.json", train_tokenizer(texts).to_str(pretty=True).encode())
     chats = write_corpus(out, "train-chats", (chat(seed, number) for number in range(options.chats)))
-    tokenizer = train_tokenizer([*chats, *[CHAT_SYSTEM] * len(chats)])  # the system's words stand in every chat
+    tokenizer = train_tokenizer([*chats, *[SYSTEM] * len(chats)])  # the system's words stand in every chat
     open_store(in_store("shapes", out)).write("chat-tokenizer.json", tokenizer.to_str(pretty=True).encode())
 
 

@@ -25,6 +25,10 @@ FIRST, EXPORT = "0", "export"  # in place of a step: the weights before training
 class Answerer(Protocol):
     """What evaluation needs of a model. The result for a prompt must not depend on the prompts beside it."""
 
+    def check(self, prompts: Sequence[Sample], answers: Decoding | Sequence[str]) -> None:
+        """ConfigError where a prompt, whose images are without their bytes, leaves no room for what answers it."""
+        ...
+
     def generate(self, prompts: Sequence[Sample], decoding: Decoding) -> list[str]:
         """What the model writes after each prompt, without special tokens and else uncut."""
         ...
@@ -68,8 +72,8 @@ class Running:
     device: str
 
 
-def find(folder: str, step: str) -> Weights:
-    """The weights that a command names, whole. ConfigError where there are none."""
+def find(folder: str, step: str, digests: bool = True) -> Weights:
+    """The weights that a command names, whole (``checkpoint.chosen``). ConfigError where there are none."""
     path = Path(folder).expanduser().absolute()
     run = read_run(path)
     if any(path.glob(EXPORTED)):
@@ -81,7 +85,7 @@ def find(folder: str, step: str) -> Weights:
         return Weights(with_overrides(run, values), path, EXPORT)
     if step == FIRST:
         return Weights(run, path, FIRST)
-    return Weights(run, path, str(checkpoint.step_of(checkpoint.chosen(path, step))))
+    return Weights(run, path, str(checkpoint.step_of(checkpoint.chosen(path, step, digests))))
 
 
 def device_of(task: int) -> str:
@@ -114,7 +118,7 @@ def trained(weights: Weights, precision: Literal["bf16", "fp32"]) -> tuple[Any, 
         try:
             checkpoint.load_weights(model, weights.checkpoint)
         except checkpoint.DamagedCheckpoint as error:
-            raise ConfigError(f"{error}: run.json does not describe it any more") from None
+            raise ConfigError(str(error)) from None
     return model, tokenizer
 
 

@@ -59,6 +59,16 @@ class FlamingoAnswers:
         self.device, self.batch, self.half = torch.device(device), batch, precision == "bf16"
         self.features = Features(keep_bytes)
 
+    def check(self, prompts: Sequence[Sample], answers: Decoding | Sequence[str]) -> None:
+        """ConfigError where a prompt leaves no room for an answer, or for the longest of the candidates."""
+        following = (
+            answers.max_new_tokens
+            if isinstance(answers, Decoding)
+            else max(len(self._candidate(text)) for text in answers)
+        )
+        for prompt in prompts:
+            self._tokens(prompt, following)
+
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sample], decoding: Decoding) -> list[str]:
         """What the model writes after each prompt, without special tokens and else uncut.
@@ -94,15 +104,23 @@ class FlamingoAnswers:
     # ------------------------------------------------------------ text
 
     def _prompt(self, sample: Sample, following: int) -> Prompt:
-        texts, images = [""], []
+        images = []
         for number, part in enumerate(sample.parts):
             if isinstance(part, Text):
-                texts[-1] += part.text
-            elif part.data is None:
+                continue
+            if part.data is None:
                 raise ConfigError(f"question {sample.id}: part {number} is an image without its bytes")
+            images.append((hashlib.sha256(part.data).digest(), part.data))
+        return Prompt(sample.id, self._tokens(sample, following), images)
+
+    def _tokens(self, sample: Sample, following: int) -> NDArray[np.int64]:
+        """(T,) of a prompt's text and images, after which so many more have room."""
+        texts = [""]
+        for part in sample.parts:
+            if isinstance(part, Text):
+                texts[-1] += part.text
             else:
                 texts.append("")
-                images.append((hashlib.sha256(part.data).digest(), part.data))
         ids = encode(self.tokenizer, IMAGE_TOKEN.join(self._cleaned(text) for text in texts))
         room = context(self.model)
         if len(ids) + following > room:
@@ -112,7 +130,7 @@ class FlamingoAnswers:
             )
         if not len(ids):
             raise ConfigError(f"question {sample.id}: its prompt is empty")
-        return Prompt(sample.id, ids, images)
+        return ids
 
     def _cleaned(self, text: str) -> str:
         return ENDOFCHUNK_TOKEN.join(

@@ -7,10 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from hpc_mm import chain, slurm
 from hpc_mm.command import ROOT, Submission, header, site_directives
@@ -53,18 +54,45 @@ def wants_slurm(cluster: str) -> bool:
     return cluster in ("slurm", "print") or (cluster == "auto" and slurm.is_here())
 
 
-def run_tasks(words: Sequence[str], stage: str, tasks: int) -> int:
-    """Every task of a stage as a process, so many at once as there are cores; 0, or 1 where one failed."""
+def run_tasks(words: Sequence[str], stage: str, tasks: int, rooms: Sequence[Mapping[str, str]]) -> int:
+    """Every task of a stage as a process; 0, or 1 where one failed.
+
+    ``rooms``: environment variables, beside those that are here, of each process that there is room for at once.
+    """
     environment = {**os.environ, LAUNCHER: str(os.getpid())}
+    free = SimpleQueue[Mapping[str, str]]()
+    for room in rooms:
+        free.put(room)
 
     def run(task: int) -> int:
-        return subprocess.run([*words, f"stage={stage}", f"task={task}"], cwd=ROOT, env=environment).returncode
+        room, command = free.get(), [*words, f"stage={stage}", f"task={task}"]
+        try:
+            return subprocess.run(command, cwd=ROOT, env={**environment, **room}).returncode
+        finally:
+            free.put(room)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with ThreadPoolExecutor(len(rooms)) as threads:
         failed = [task for task, code in enumerate(threads.map(run, range(tasks))) if code]
     if failed:
         print(f"{stage}: tasks {failed} of {tasks} failed; the same command goes on", file=sys.stderr)
     return 1 if failed else 0
+
+
+def room_of_cores() -> list[dict[str, str]]:
+    """A process for every core."""
+    return [{}] * len(os.sched_getaffinity(0))
+
+
+def room_of_models(gpus: Sequence[str]) -> list[dict[str, str]]:
+    """A model on every GPU. Without any, one that has all cores, or as many as have OMP_NUM_THREADS each.
+
+    Threads are not divided among tasks: they divide the sums of a matrix product, and so decide how it is rounded.
+    """
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    at_once = len(os.sched_getaffinity(0)) // int(threads) if threads.isdecimal() and int(threads) else 1
+    return [{}] * max(at_once, 1)
 
 
 def script(work: Work, stage: Stage, tasks: range, submission: Submission) -> str:
@@ -179,8 +207,7 @@ def check_time(time: str) -> None:
 
 def refuse_if_active(work: Work) -> None:
     """Two jobs must not work on the same parts."""
-    names = ",".join(f"{work.name}-{stage}" for stage in work.every)
-    active = slurm.ask("squeue", "--me", "--noheader", f"--name={names}", "-o", "%i %j").split("\n")[0]
+    active = slurm.queued([f"{work.name}-{stage}" for stage in work.every])
     if active:
-        job, _, stage = active.partition(" ")
+        job, _, stage = active[0].partition(" ")
         raise ConfigError(f"{stage} is in the queue: job {job}; scancel {job} ends it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +14,17 @@ from numpy.typing import NDArray
 from hpc_mm.answerer import Answerer
 from hpc_mm.benchmark import Benchmark, Question, read_image
 from hpc_mm.config import ConfigError
-from hpc_mm.data.schema import Sample
+from hpc_mm.data.schema import Sample, Text
 from hpc_mm.data.shards import BrokenShard, ShardReader
 from hpc_mm.data.store import open_store
-from hpc_mm.demonstrations import QuerySet, Similar, prompt
+from hpc_mm.demonstrations import QuerySet, Similar, prompt, shown
 from hpc_mm.predictions import Row, write_part
 from hpc_mm.similarity import Encoder
 from hpc_mm.trials import Planned, Trial
 
 READS = 16  # images read at once
 IMAGES = 4096  # kept as read: demonstrations come again and again. Some 400 MB of photographs
+LONGEST = 64  # prompts that are held against the model's context before any work
 KEPT = 5  # classes of a row, the likeliest
 
 
@@ -35,9 +37,10 @@ def ask(
     encoder: Encoder,
 ) -> None:
     """Put parts of trials to the model and write its answers, a part at a time. The next part's images are read
-    meanwhile."""
+    meanwhile. ConfigError before any of it where prompts are too long for the model."""
     asked = [question for trial, part in todo for question in part_of(planned, trial, part)]
     prompts = Prompts(benchmark, planned, data, encoder, asked)
+    model.check(prompts.longest(todo), benchmark.classes or benchmark.decoding)
     with ThreadPoolExecutor(1, "ahead") as ahead:
         waiting = ahead.submit(prompts.of, *todo[0])
         for number, (trial, part) in enumerate(todo):
@@ -91,12 +94,24 @@ class Prompts:
             for question, others in zip(asked, shots, strict=True)
         ]
 
+    def longest(self, todo: Sequence[tuple[Trial, int]]) -> list[Sample]:
+        """Of the prompts with most demonstrations those with most characters, without their images."""
+        most = max(shown(trial.shots) for trial, _ in todo)
+        texts = (
+            prompt(question, others, self.benchmark, trial.shots)
+            for trial, part in todo
+            if shown(trial.shots) == most
+            for asked in [part_of(self.planned, trial, part)]
+            for question, others in zip(asked, self.demonstrations(trial, asked), strict=True)
+        )
+        return heapq.nlargest(LONGEST, texts, key=characters)
+
     def demonstrations(self, trial: Trial, asked: Sequence[Question]) -> list[list[Question]]:
         """Of each question, the same whatever else is asked."""
         if trial.seed is None:
             return self._similar(asked, trial.shots)
         if trial.seed not in self.queries:
-            self.queries[trial.seed] = QuerySet(self.planned.pool, trial.seed, self.planned.choice.query_set)
+            self.queries[trial.seed] = self.planned.queries(trial.seed)
         return [self.queries[trial.seed].shots(question, trial.shots) for question in asked]
 
     def _similar(self, asked: Sequence[Question], shots: int) -> list[list[Question]]:
@@ -104,12 +119,16 @@ class Prompts:
 
     @cached_property
     def similar(self) -> Similar:
-        return Similar(self.planned.pool)
+        return self.planned.similar()
 
     @cached_property
     def nearest(self) -> dict[str, NDArray[np.int64]]:
         """Rows of the pool's images for every image that is asked about, enough for any trial."""
         return self.similar.nearest(self.asked, max(self.planned.choice.shots), self.store, self.encoder)
+
+
+def characters(prompt: Sample) -> int:
+    return sum(len(part.text) for part in prompt.parts if isinstance(part, Text))
 
 
 def part_of(planned: Planned, trial: Trial, part: int) -> list[Question]:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import from_json
 
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, Part, Positive
-from hpc_mm.data.shards import IMAGE_SUFFIXES, BrokenShard, ShardReader, Shards, read_manifest
-from hpc_mm.data.store import MissingKey, StoreError, open_store
+from hpc_mm.data.shards import IMAGE_SUFFIXES, BrokenShard, ShardInfo, ShardReader, Shards, read_manifest
+from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["caption", "vqa", "classes"]
 FIELDS = {"caption": "captions", "vqa": "questions", "classes": "label"}  # of a sample's metadata, by kind
-SHARD = re.compile(r"(?P<split>.+)-\d{6,}(-[0-9a-f]{16})?\.tar")
+SHARD = re.compile(r"(?P<split>.+)-\d{6,}(?P<digest>-[0-9a-f]{16})?\.tar")
+FACTS = "facts"  # folder of the store
 BLANKS = re.compile(r"\{(question|answer)\}")
-READS = 16  # metadata read at once
+READS = 16  # samples, or files of facts, read at once
 DIGITS = 16  # of a SHA-256 in hex
 TOLD = 3  # images that are missing
 
@@ -125,26 +131,23 @@ def doubled(names: Iterable[str]) -> str | None:
 # ---------------------------------------------------------------- prepared shards
 
 
-def questions(address: str, split: str, benchmark: Benchmark, images: int | None = None) -> list[Question]:
+def questions(address: str, split: str, benchmark: Benchmark) -> list[Question]:
     """All questions of a split of prepared shards in their published order; of images only the metadata is read.
 
-    ``images``: only so many are looked at, the first ones.
+    What was read of a shard is kept beside it, for the next time.
+
     ConfigError where there is no such split, where its samples are of another kind than the benchmark, where an id is
     there twice, where images are missing, and where a label is none of the benchmark's classes.
     """
     store = open_store(address)
-    shards = read_manifest(store)
-    reader = ShardReader(store)
-    places = [(shard, sample) for shard, count in shards_of(shards, split, address) for sample in range(count)][:images]
+    shards = shards_of(read_manifest(store), split, address)
     found: list[Question] = []
     missing: list[str] = []
     with ThreadPoolExecutor(READS, "questions") as threads:
         try:
-            for place, (image, facts, is_there) in zip(
-                places, threads.map(lambda p: read_facts(reader, *p), places), strict=True
-            ):
+            for shard, sample, (image, facts, is_there) in facts_of(store, shards, threads):
                 missing += [] if is_there else [image]
-                found.extend(questions_of(facts, benchmark.kind, image, *place))
+                found.extend(questions_of(facts, benchmark.kind, image, shard, sample))
         except (BrokenShard, MissingKey, StoreError) as error:
             raise ConfigError(f"{address}: {error}") from None
         except WrongKind as error:
@@ -153,7 +156,8 @@ def questions(address: str, split: str, benchmark: Benchmark, images: int | None
             threads.shutdown(cancel_futures=True)
     if missing:
         first = ", ".join(missing[:TOLD]) + (", ..." if len(missing) > TOLD else "")
-        raise ConfigError(f"{address} split={split}: {len(missing):,} of {len(places):,} images are missing: {first}")
+        count = sum(shard.samples for shard in shards)
+        raise ConfigError(f"{address} split={split}: {len(missing):,} of {count:,} images are missing: {first}")
     if not found:
         raise ConfigError(f"{address} split={split} holds no questions")
     twice = doubled(question.id for question in found)
@@ -168,18 +172,84 @@ def questions(address: str, split: str, benchmark: Benchmark, images: int | None
     return found
 
 
-def shards_of(shards: Shards, split: str, address: str) -> list[tuple[str, int]]:
-    """Name and samples of a split's shards, which are named after it."""
+def has_answers(address: str, split: str, benchmark: Benchmark) -> bool:
+    """Whether the answers of a split are public, as its first image says. ConfigError as of ``questions``."""
+    store = open_store(address)
+    shard = shards_of(read_manifest(store), split, address)[0].name
+    try:
+        image, facts, _ = read_facts(ShardReader(store), shard, 0)
+        return any(question.references for question in questions_of(facts, benchmark.kind, image, shard, 0))
+    except (BrokenShard, MissingKey, StoreError, WrongKind) as error:
+        raise ConfigError(f"{address} split={split}: {error}") from None
+
+
+def shards_of(shards: Shards, split: str, address: str) -> list[ShardInfo]:
+    """A split's shards, which are named after it."""
     named = [(SHARD.fullmatch(shard.name), shard) for shard in shards]
     splits = dict.fromkeys(match["split"] for match, _ in named if match)
     if split not in splits:
         there = f"it has {', '.join(splits)}" if splits else "its shards are not named after splits"
         raise ConfigError(f"{address} has no split {split!r}: {there}")
-    return [(shard.name, shard.samples) for match, shard in named if match and match["split"] == split]
+    return [shard for match, shard in named if match and match["split"] == split]
 
 
-def read_facts(reader: ShardReader, shard: str, sample: int) -> tuple[str, Mapping[str, Any], bool]:
-    """Id and metadata of a sample and whether it has an image, without its bytes: one ranged read of its JSON."""
+Facts = tuple[str, Mapping[str, Any], bool]
+"""Id and metadata of a sample, and whether it has an image."""
+
+
+def facts_of(
+    store: Store, shards: Sequence[ShardInfo], threads: ThreadPoolExecutor
+) -> Iterator[tuple[str, int, Facts]]:
+    """Shard, number and facts of all samples in order. What a shard holds is read once and kept, if its name has the
+    digest of its bytes: one read of ``facts/SHARD.json`` in place of one for each sample.
+    """
+    reader, keeps = ShardReader(store), True
+    for start in range(0, len(shards), READS):
+        some = shards[start : start + READS]
+        for shard, kept in zip(some, threads.map(partial(kept_facts, store), some), strict=True):
+            rows = kept
+            if rows is None:
+                rows = list(threads.map(partial(read_facts, reader, shard.name), range(shard.samples)))
+                keeps = keeps and keep_facts(store, shard, rows)
+            yield from ((shard.name, sample, row) for sample, row in enumerate(rows))
+
+
+def kept_facts(store: Store, shard: ShardInfo) -> list[Facts] | None:
+    """What was kept of a shard that is there; None where nothing was. ConfigError where it is damaged."""
+    key = key_of(shard)
+    if not key or store.size(shard.name) != shard.bytes:
+        return None
+    try:
+        rows = [(name, facts, is_there) for name, facts, is_there in from_json(store.read(key))]
+    except MissingKey:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{store.address}/{key} is damaged ({error}): remove it") from None
+    if len(rows) != shard.samples:
+        raise ConfigError(f"{store.address}/{key} is of {len(rows)} samples, not {shard.samples}: remove it")
+    return rows
+
+
+def keep_facts(store: Store, shard: ShardInfo, rows: Sequence[Facts]) -> bool:
+    """Whether the next shard's are to be kept, too: the store may be one that others fill, which costs time alone."""
+    key = key_of(shard)
+    try:
+        if key:
+            store.write(key, json.dumps(rows, separators=(",", ":")).encode())
+    except (ConfigError, StoreError) as error:
+        logger.warning("questions are read from every sample again next time: %s", error)
+        return False
+    return True
+
+
+def key_of(shard: ShardInfo) -> str:
+    """Where a shard's facts lie; empty where its name may stand for other bytes another time."""
+    match = SHARD.fullmatch(shard.name)
+    return f"{FACTS}/{shard.name}.json" if match and match["digest"] else ""
+
+
+def read_facts(reader: ShardReader, shard: str, sample: int) -> Facts:
+    """Of one sample, without the bytes of its images: one ranged read of its JSON."""
     index = reader.index(shard)
     if sample >= len(index.keys):
         raise BrokenShard(f"{shard} has no sample {sample} in its index: index the shards again")

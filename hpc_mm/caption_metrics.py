@@ -42,15 +42,41 @@ def cider(candidates: Texts, references: Sequence[Texts]) -> float:
     return float(cider_each(candidates, references).mean())
 
 
-def cider_each(candidates: Texts, references: Sequence[Texts], documents: Sequence[Texts] | None = None) -> Floats:
+def cider_each(candidates: Texts, references: Sequence[Texts]) -> Floats:
     """CIDEr-D per image (Vedantam et al., arXiv 1411.5726, as pycocoevalcap computes it).
 
     Per n, the tf-idf vectors of candidate c and reference r score <min(c, r), r> / (|c| |r|), times
     exp(-(length difference)^2 / (2 sigma^2)); the result is 10 times the mean over n = 1..4 and over the references.
-    ``documents`` are the references of all images of a benchmark of which some are scored: a score is then the same
-    whichever images are scored beside it (but for captions that end in an initial, see ptb_tokenizer).
     """
-    return _cider(Captions.of(candidates, references, documents=documents or ()))
+    return _cider(Captions.of(candidates, references))
+
+
+class Cider:
+    """CIDEr-D of a benchmark's images of which some are scored now and others later. An image's score is to the bit
+    that of ``cider_each`` for all images, whichever are scored beside it; references are counted once."""
+
+    def __init__(self, references: Sequence[Texts], rules: Rules = OPENFLAMINGO) -> None:
+        """``references`` of all images."""
+        self.rules = rules
+        words = tokens(list(chain.from_iterable(references)), rules.treebank)
+        owner = np.repeat(np.arange(len(references)), [len(captions) for captions in references])
+        self.documents = Documents(len(references), {})
+        for grams in n_grams(Captions(words, [], 0, owner)):
+            self.documents.frequency.update(zip(grams.texts(), _frequency(grams).tolist(), strict=True))
+        following = iter(words)
+        self.references = [[next(following) for _ in captions] for captions in references]
+
+    def words(self, predictions: Texts) -> list[list[str]]:
+        """Of what a model wrote. Whether an initial at a caption's end keeps its full stop depends on the next one, so
+        all that there is of a model's is to be given together."""
+        return tokens([self.rules.caption(text) for text in predictions], self.rules.treebank)
+
+    def each(self, words: Sequence[list[str]], images: Sequence[int]) -> Floats:
+        """Scores of these candidates' words for the images of these numbers."""
+        truth = [self.references[image] for image in images]
+        owner = np.repeat(np.arange(len(truth)), [len(captions) for captions in truth])
+        every = [*words, *chain.from_iterable(truth)]
+        return _cider(Captions(every, [], len(words), owner), self.documents)
 
 
 def bleu(candidates: Texts, references: Sequence[Texts]) -> Floats:
@@ -79,11 +105,10 @@ def caption_scores(
     predictions: Texts,
     references: Sequence[Texts],
     rules: Rules = OPENFLAMINGO,
-    documents: Sequence[Texts] | None = None,
 ) -> dict[str, Scored]:
     """cider, bleu_1 to bleu_4 and rouge_l of what a model wrote, cleaned by ``rules``, from one tokenisation."""
     candidates = [rules.caption(text) for text in predictions]
-    captions = Captions.of(candidates, references, rules.treebank, documents or ())
+    captions = Captions.of(candidates, references, rules.treebank)
     cider, rouge_l = _cider(captions), _rouge_l(captions)
     scores = {"cider": Scored(float(cider.mean()), cider)}
     for n, (score, each) in enumerate(zip(*(array.T for array in _bleu(captions)), strict=True), 1):
@@ -91,38 +116,37 @@ def caption_scores(
     return {**scores, "rouge_l": Scored(float(rouge_l.mean()), rouge_l)}
 
 
+class Documents(NamedTuple):
+    """All images of a benchmark, of which some are scored."""
+
+    images: int
+    frequency: dict[tuple[str, ...], int]  # of each n-gram, how many images have it in a reference
+
+
+def tokens(captions: Texts, treebank: bool) -> list[list[str]]:
+    return ptb_tokenizer.tokenize(captions) if treebank else [caption.split() for caption in captions]
+
+
 class Captions(NamedTuple):
-    """Words of all captions: first the candidates, then all references, then all documents."""
+    """Words of all captions: first the candidates, then all references."""
 
     words: list[list[str]]
     spaced: list[list[str]]  # as ROUGE-L counts them: cut at each single space, so that no words are one empty word
     images: int
     owner: Integers  # the image of each reference, rising
-    document: Integers  # of each document, the number of its image; empty where the references are the documents
 
     @classmethod
-    def of(
-        cls,
-        candidates: Texts,
-        references: Sequence[Texts],
-        treebank: bool = True,
-        documents: Sequence[Texts] = (),
-    ) -> Captions:
+    def of(cls, candidates: Texts, references: Sequence[Texts], treebank: bool = True) -> Captions:
         images, counts = len(candidates), [len(captions) for captions in references]
         if images == 0 or len(references) != images or 0 in counts:
             raise ValueError(f"{images} candidates for {len(references)} images; each needs one, and a reference")
-        if not all(documents):
-            raise ValueError("an image of the documents has no reference")
-        parts = [candidates, list(chain.from_iterable(references)), list(chain.from_iterable(documents))]
+        parts = [candidates, list(chain.from_iterable(references))]
+        words = [caption for part in parts for caption in tokens(part, treebank)]
         if treebank:
-            words = [caption for part in parts for caption in ptb_tokenizer.tokenize(part)]
             spaced = [caption or [""] for caption in words]
         else:
-            words = [caption.split() for part in parts for caption in part]
             spaced = [caption.split(" ") for part in parts for caption in part]
-        owner = np.repeat(np.arange(images), counts)
-        document = np.repeat(np.arange(len(documents)), [len(captions) for captions in documents])
-        return cls(words, spaced, images, owner, document)
+        return cls(words, spaced, images, np.repeat(np.arange(images), counts))
 
     @property
     def references(self) -> slice:
@@ -136,37 +160,49 @@ class Grams(NamedTuple):
     row: Integers  # the caption's number
     gram: Integers  # stands for the n-gram's words
     times: Integers  # how often the caption has it
-    kinds: int  # different n-grams of all captions
     first: int  # the first of a reference; what is before it belongs to the candidates
-    last: int  # the first of a document
+    text: list[str]  # words of all captions
+    places: Integers  # of each n-gram, a place in the text where it stands
+    n: int
+
+    @property
+    def kinds(self) -> int:
+        """Different n-grams of all captions."""
+        return len(self.places)
+
+    def texts(self) -> Iterator[tuple[str, ...]]:
+        """Words of each n-gram."""
+        return (tuple(self.text[place : place + self.n]) for place in self.places.tolist())
 
     def in_candidate(self) -> tuple[Integers, NDArray[np.bool_]]:
         """Of each reference's n-gram: its place among the candidates' n-grams, and whether it is there."""
         keys = self.row * self.kinds + self.gram
-        wanted = self.captions.owner[self.row[self.first : self.last] - self.captions.images] * self.kinds
-        wanted += self.gram[self.first : self.last]
+        wanted = self.captions.owner[self.row[self.first :] - self.captions.images] * self.kinds
+        wanted += self.gram[self.first :]
         places = np.searchsorted(keys[: self.first], wanted)
         places[places == self.first] = 0
         return places, (keys[places] == wanted) & (self.first > 0)
 
 
 def n_grams(captions: Captions) -> Iterator[Grams]:
-    """For n = 1..4."""
+    """For n = 1..4. Those of a caption come in the order of their words' letters, whatever other captions there are:
+    sums over them are then the same bits."""
     text = list(chain.from_iterable(captions.words))
-    known = dict(zip(dict.fromkeys(text), range(len(text)), strict=False))
+    known = {word: number for number, word in enumerate(sorted(set(text)))}
     words = np.fromiter(map(known.__getitem__, text), np.int64, len(text))
     row = np.repeat(np.arange(len(captions.words)), [len(caption) for caption in captions.words])
-    starts, grams, kinds = np.arange(len(words)), words, len(known)
+    starts, names = np.arange(len(words)), words
     for n in range(1, LONGEST + 1):
+        _, first, grams = np.unique(names, return_index=True, return_inverse=True)
+        kinds = len(first)
         keys, counts = _counted(row[starts] * kinds + grams)
         rows = keys // max(kinds, 1)
-        edges = np.searchsorted(rows, [captions.references.start, captions.references.stop])
-        yield Grams(captions, rows, keys - rows * kinds, counts, kinds, int(edges[0]), int(edges[1]))
+        edge = int(np.searchsorted(rows, captions.images))
+        yield Grams(captions, rows, keys - rows * kinds, counts, edge, text, starts[first], n)
         longer = starts + n < len(words)
         longer[longer] = row[starts[longer] + n] == row[starts[longer]]
         starts = starts[longer]
-        names, grams = np.unique(grams[longer] * len(known) + words[starts + n], return_inverse=True)
-        kinds = len(names)
+        names = grams[longer] * len(known) + words[starts + n]
 
 
 def _counted(values: Integers) -> tuple[Integers, Integers]:
@@ -176,41 +212,47 @@ def _counted(values: Integers) -> tuple[Integers, Integers]:
     return values[edges], np.diff(edges, append=len(values))
 
 
-def _cider(captions: Captions) -> Floats:
+def _cider(captions: Captions, documents: Documents | None = None) -> Floats:
+    """``documents``: those of the benchmark, where not all of its images are here."""
     images, owner = captions.images, captions.owner
     lengths = np.array([max(len(caption) - 1, 0) for caption in captions.words])  # in bigrams, as the reference counts
     penalty = np.exp(-((lengths[owner] - lengths[captions.references]) ** 2) / (2 * SIGMA**2))
     similarity = np.zeros(len(owner))
     for grams in n_grams(captions):
-        similarity += _similarity(grams)
+        similarity += _similarity(grams, _inverse_document_frequency(grams, documents))
     return np.asarray(10 * np.bincount(owner, similarity * penalty, images) / LONGEST / np.bincount(owner))
 
 
-def _similarity(grams: Grams) -> Floats:
+def _similarity(grams: Grams, inverse: Floats) -> Floats:
     """Of each reference to its image's candidate, before the penalty."""
-    captions, first, last = grams.captions, grams.first, grams.last
+    captions, first = grams.captions, grams.first
     images, references = captions.images, len(captions.owner)
-    weight = _inverse_document_frequency(grams)[grams.gram]
+    weight = inverse[grams.gram]
     norms = np.sqrt(np.bincount(grams.row, (grams.times * weight) ** 2, len(captions.words)))
     places, found = grams.in_candidate()
-    shared = np.minimum(grams.times[places], grams.times[first:last]) * grams.times[first:last]
-    products = np.where(found, shared * weight[first:last] ** 2, 0)
-    product = np.bincount(grams.row[first:last] - images, products, references)
+    shared = np.minimum(grams.times[places], grams.times[first:]) * grams.times[first:]
+    products = np.where(found, shared * weight[first:] ** 2, 0)
+    product = np.bincount(grams.row[first:] - images, products, references)
     scale = norms[captions.owner] * norms[captions.references]
     return np.asarray(np.divide(product, scale, out=np.zeros(references), where=scale > 0))
 
 
-def _inverse_document_frequency(grams: Grams) -> Floats:
+def _inverse_document_frequency(grams: Grams, documents: Documents | None) -> Floats:
     """Of each n-gram: log(images / images whose references have it)."""
-    captions, first, last = grams.captions, grams.first, grams.last
-    if len(captions.document):
-        rows, of, images = slice(last, None), captions.document, int(captions.document[-1]) + 1
+    if documents is None:
+        images, frequency = grams.captions.images, _frequency(grams)
     else:
-        rows, of, images = slice(first, last), captions.owner, captions.images
-    image = of[grams.row[rows] - (len(captions.words) - len(of))]
-    pairs, _ = _counted(image * grams.kinds + grams.gram[rows])
-    frequency = np.bincount(pairs % max(grams.kinds, 1), minlength=grams.kinds)
+        counts = (documents.frequency.get(text, 0) for text in grams.texts())
+        images, frequency = documents.images, np.fromiter(counts, np.int64, grams.kinds)
     return np.asarray(np.log(images) - np.log(np.maximum(frequency, 1)))
+
+
+def _frequency(grams: Grams) -> Integers:
+    """Of each n-gram, images whose references have it."""
+    captions, first = grams.captions, grams.first
+    image = captions.owner[grams.row[first:] - captions.images]
+    pairs, _ = _counted(image * grams.kinds + grams.gram[first:])
+    return np.bincount(pairs % max(grams.kinds, 1), minlength=grams.kinds).astype(np.int64)
 
 
 def _bleu(captions: Captions) -> tuple[Floats, Floats]:
@@ -230,7 +272,7 @@ def _clipped(grams: Grams) -> Integers:
     """N-grams of each candidate that a reference has, each counted at most as often as in one reference."""
     places, found = grams.in_candidate()
     most = np.zeros(grams.first, dtype=np.int64)
-    np.maximum.at(most, places[found], grams.times[grams.first : grams.last][found])
+    np.maximum.at(most, places[found], grams.times[grams.first :][found])
     clipped = np.minimum(most, grams.times[: grams.first])
     return np.bincount(grams.row[: grams.first], clipped, grams.captions.images).astype(np.int64)
 

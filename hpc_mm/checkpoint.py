@@ -21,7 +21,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,29 +62,32 @@ def finished(run_folder: Path) -> list[Path]:
     return sorted(path for path in found if path.name.removeprefix("step-").isdigit())
 
 
-def newest(run_folder: Path) -> Path | None:
+def newest(run_folder: Path, digests: bool = True) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; damaged ones are named and passed over."""
     for checkpoint in reversed(finished(run_folder)):
-        problem = damage(checkpoint)
+        problem = damage(checkpoint, digests=digests)
         if problem is None:
             return checkpoint
         pass_over(checkpoint, problem)
     return None
 
 
-def chosen(run_folder: Path, step: str) -> Path:
-    """The checkpoint of a step, or the newest whole one for ``latest``. ConfigError where none is whole."""
+def chosen(run_folder: Path, step: str, digests: bool = True) -> Path:
+    """The checkpoint of a step, or the newest whole one for ``latest``. ConfigError where none is whole.
+
+    Without ``digests`` whole is what has all its files at their sizes.
+    """
     from hpc_mm.config import ConfigError, unknown  # not above: the supervisor runs on a bare Python
 
     if step == LATEST:
-        found = newest(run_folder)
+        found = newest(run_folder, digests)
         if found is None:
             raise ConfigError(f"{run_folder} has no whole checkpoint yet")
         return found
     whole = {str(step_of(path)): path for path in finished(run_folder)}
     if step not in whole:
         raise unknown(f"step in {run_folder}", step, [LATEST, *whole])
-    problem = damage(whole[step])
+    problem = damage(whole[step], digests=digests)
     if problem is not None:
         raise ConfigError(f"checkpoint {whole[step]} is damaged: {problem}")
     return whole[step]
@@ -93,10 +97,11 @@ def pass_over(checkpoint: Path, problem: str) -> None:
     logger.warning("checkpoint %s is damaged (%s); using the one before it", checkpoint, problem)
 
 
-def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+def damage(checkpoint: Path, share: int = 0, shares: int = 1, digests: bool = True) -> str | None:
     """What is wrong with a checkpoint: a missing, cut or changed file; None if nothing is.
 
-    With ``shares``, only every ``shares``-th file is looked at, from ``share`` on: ranks divide the reading.
+    With ``shares``, only every ``shares``-th file is looked at, from ``share`` on: ranks divide the reading. Without
+    ``digests`` none is read.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -108,7 +113,7 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-            if digest(file) != expected["blake2b"]:
+            if digests and digest(file) != expected["blake2b"]:
                 return f"{name} has other bytes than were written"
     except (OSError, ValueError) as error:  # a disk that cannot read it, too
         return f"{getattr(error, 'filename', None) or MANIFEST}: {error}"
@@ -347,8 +352,6 @@ def load(fragments: Sequence[Fragment], checkpoint: Path, rank: int = 0, ranks: 
 
     ``rank`` of ``ranks`` says with which file to begin: its own one, if nothing has changed.
     """
-    from safetensors import safe_open
-
     files = sorted(checkpoint.glob("rank-*.safetensors"))
     first = len(files) * rank // ranks
     wanted = {fragment.name: fragment for fragment in fragments}
@@ -356,10 +359,22 @@ def load(fragments: Sequence[Fragment], checkpoint: Path, rank: int = 0, ranks: 
     for file in files[first:] + files[:first]:
         if not left:
             return
-        with safe_open(file, framework="pt") as stored:
+        with opened(file) as stored:
             left -= _fill(wanted, stored, checkpoint)
     if left:
         raise DamagedCheckpoint(f"{checkpoint} lacks {left} values of what this model trains: it is of another model")
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A file of weights. DamagedCheckpoint where its head is not that of its bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except SafetensorError as error:
+        raise DamagedCheckpoint(f"{file} is damaged: {error}") from None
 
 
 def _fill(wanted: dict[str, Fragment], stored: Any, checkpoint: Path) -> int:
@@ -413,11 +428,9 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 def shapes_of(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Every parameter of a checkpoint by name."""
-    from safetensors import safe_open
-
     shapes: dict[str, tuple[int, ...]] = {}
     for file in checkpoint.glob("rank-*.safetensors"):
-        with safe_open(file, framework="pt") as stored:
+        with opened(file) as stored:
             found = json.loads(stored.metadata()["shapes"])
         shapes.update({name: tuple(shape) for name, shape in found.items()})
     return shapes

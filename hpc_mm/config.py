@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from hpc_mm.grammar import ConfigError as ConfigError  # everybody's way to the words of grammar is through here
 from hpc_mm.grammar import Part as Part
 from hpc_mm.grammar import differences as differences
-from hpc_mm.grammar import one_line
+from hpc_mm.grammar import one_line as one_line
 from hpc_mm.grammar import parse_arguments as parse_arguments
 from hpc_mm.grammar import unknown as unknown
 from hpc_mm.grammar import validated as validated
@@ -154,9 +154,7 @@ class Source(Part):
         if self.form != "chat" and self.template is not None:
             raise ValueError(f"template={self.template} is for form=chat alone; form={self.form} has none")
         if self.form == "chat" and self.pack_tokens:
-            raise ValueError(
-                f"pack_tokens={self.pack_tokens} must be 0 with form=chat, whose rows hold one sample each"
-            )
+            raise ValueError(f"pack_tokens={self.pack_tokens} must be 0 with form=chat, of one sample per row")
         return self
 
     @model_validator(mode="after")

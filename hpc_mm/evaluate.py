@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from hpc_mm import answerer, results, trials
 from hpc_mm.benchmark import Benchmark, Decoding, questions, shards_of
 from hpc_mm.checkpoint import LATEST
-from hpc_mm.config import ConfigError, Part, Positive, Run, Slurm, read_run
+from hpc_mm.config import ConfigError, Part, Positive, Run, Slurm, parse_arguments, read_run
 from hpc_mm.data.shards import read_manifest
 from hpc_mm.data.store import MissingKey, StoreDown, StoreError, open_store, whole
 from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
@@ -30,7 +30,7 @@ from hpc_mm.rules import OPENFLAMINGO, rules_of
 from hpc_mm.scoring import metric_of
 from hpc_mm.similarity import Encoder, compute, shards_to_do
 from hpc_mm.site import in_store, read_options, read_site
-from hpc_mm.trials import Choice, Planned, Trial
+from hpc_mm.trials import Choice, Planned, Pool, Trial
 
 PLAN, FEATURES, ANSWER, COLLECT = STAGES = ("plan", "features", "answer", "collect")
 SHARED = (FEATURES, ANSWER)  # stages that several tasks divide
@@ -93,6 +93,10 @@ class Evaluation(Part):
         return self
 
     @property
+    def plans(self) -> bool:
+        return self.stage in ("all", PLAN) and not self.watch
+
+    @property
     def choice(self) -> Choice:
         similar = self.selection == RICES
         return Choice(self.shots, () if similar else self.seeds, self.query_set, self.rices.name if similar else "")
@@ -114,13 +118,15 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values:
     try:
         options = options_of(benchmark, words, values)
         asked = benchmark.model_copy(update={"split": options.split, "decoding": options.decoding})
-        options = located(options, asked)
+        weights = found(options)
+        options = located(options, asked, weights.step if weights else options.step)
         if options.watch:
             from hpc_mm.watch import watch
 
-            return watch(trials.read(options.out, options.choice), asked, options.rules)
-        if options.stage in ("all", PLAN) and options.cluster != "print":
-            plan(options, asked)
+            planned = trials.read(options.out, options.choice)
+            return watch(planned, asked, options.rules, jobs_of(options, asked, planned))
+        if weights and options.plans and options.cluster != "print":
+            plan(options, asked, weights)
         return run(options, asked, words) if options.stage != PLAN else 0
     except (ConfigError, StoreError, MissingKey, StoreDown, OSError) as error:  # OSError: of disks
         print(str(error) or repr(error), file=sys.stderr)
@@ -130,19 +136,32 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values:
 
 
 def options_of(benchmark: Benchmark, words: Sequence[str], values: Mapping[str, Any]) -> Evaluation:
-    """The words of a command over the script's own values, these over its benchmark's. ConfigError."""
+    """The words of a command over the script's own values, these over its benchmark's.
+
+    ConfigError where something of it would count for nothing.
+    """
     own = {"split": benchmark.split, "decoding": benchmark.decoding.model_dump(), **values}
     options: Evaluation = read_options(Evaluation, words, own)
+    if options.selection != RICES:
+        return options
+    options.rices.check()
+    given = parse_arguments(words)
+    for key in ("seeds", "query_set"):
+        if key in given:
+            raise ConfigError(f"{key}={given[key]} is of random demonstrations, and selection={RICES}: leave it out")
     return options
 
 
-def located(options: Evaluation, benchmark: Benchmark) -> Evaluation:
+def found(options: Evaluation) -> answerer.Weights | None:
+    """The weights where they are to be looked for, verified by those who plan."""
+    if not options.plans and options.out:
+        return None
+    return answerer.find(options.checkpoint, options.step, digests=options.plans)
+
+
+def located(options: Evaluation, benchmark: Benchmark, step: str) -> Evaluation:
     """With whole addresses, the number of the step, and a place for results, so that jobs see what is seen here."""
     folder = str(Path(options.checkpoint).expanduser().absolute())
-    step = options.step
-    plans = options.stage in ("all", PLAN) and not options.watch
-    if plans or not options.out:
-        step = answerer.find(folder, step).step
     out = options.out or f"{folder}/{FOLDER}/{benchmark.name}/step-{step}"
     data = in_store(options.data, read_site().store)
     update = {"checkpoint": folder, "step": step, "out": whole(out), "data": data}
@@ -152,18 +171,20 @@ def located(options: Evaluation, benchmark: Benchmark) -> Evaluation:
 # ---------------------------------------------------------------- the stages
 
 
-def plan(options: Evaluation, benchmark: Benchmark) -> Planned:
-    """Fix the work list. All that a user may have got wrong is told here, before anything is queued."""
+def plan(options: Evaluation, benchmark: Benchmark, weights: answerer.Weights) -> Planned:
+    """Fix the work list. All that a user may have got wrong is told here, before anything is queued, but for prompts
+    that are too long for the model: they take its tokenizer, and each task looks at the longest before it begins."""
     metric_of(benchmark.metric)
-    weights = answerer.find(options.checkpoint, options.step)
     asked = questions(options.data, benchmark.split, benchmark)
     pool = questions(options.data, benchmark.demonstrations, benchmark)
-    benchmark = trials.with_classes(benchmark, pool)
-    planned = Planned(options.out, options.choice, trials.some_of(asked, options.samples), pool, {})
-    trials.check(benchmark, planned)
+    known = Pool.of(benchmark, pool)
+    benchmark = trials.with_classes(benchmark, known)
+    planned = Planned(options.out, options.choice, trials.some_of(asked, options.samples), known, {})
+    shown = options.choice.shown(pool)
+    trials.check(benchmark, planned, shown)
     if OPENFLAMINGO.name in options.rules:
         results.check_tools(benchmark)
-    trials.save(planned, benchmark, work_of(options, weights), options.part)
+    trials.save(planned, shown, benchmark, work_of(options, weights), options.part)
     parts = sum(plan.parts for plan in planned.plans.values())
     print(
         f"{benchmark.name} {benchmark.split}: {len(planned.questions)} questions x {len(planned.plans)} trials in "
@@ -193,10 +214,11 @@ def answer(options: Evaluation, benchmark: Benchmark) -> None:
         return
     from hpc_mm.asking import ask
 
-    weights = answerer.find(options.checkpoint, planned.step if options.step == LATEST else options.step)
+    step = planned.step if options.step == LATEST else options.step
+    weights = answerer.find(options.checkpoint, step, digests=False)  # whoever planned has verified them
     trials.refuse_other(planned, benchmark, work_of(options, weights))
-    device = answerer.device_of(options.task or 0)
-    running = answerer.Running(precision_of(options, weights.run), options.batch, options.keep_mb * 2**20, device)
+    precision = precision_of(options, weights.run)
+    running = answerer.Running(precision, options.batch, options.keep_mb * 2**20, device(options))
     ask(answerer.load(weights, running), benchmark, planned, todo, options.data, options.rices)
 
 
@@ -210,17 +232,21 @@ def parts_of(planned: Planned, task: int, tasks: int) -> list[tuple[Trial, int]]
     return todo
 
 
+def device(options: Evaluation) -> str:
+    return answerer.device_of(options.task or 0) if options.gpus else "cpu"
+
+
 def features(options: Evaluation, benchmark: Benchmark) -> None:
     """Image features of this task's shards, where demonstrations are chosen by them."""
     store, task = open_store(options.data), options.task or 0
     every = read_manifest(store)
     shards = [
-        shard
+        shard.name
         for split in dict.fromkeys((benchmark.split, benchmark.demonstrations))
-        for shard, _ in shards_of(every, split, options.data)
+        for shard in shards_of(every, split, options.data)
     ]
     todo = shards_to_do(store, shards, options.rices, task, options.tasks if options.task is not None else 1)
-    compute(store, todo, options.rices, answerer.device_of(task))
+    compute(store, todo, options.rices, device(options))
     print(f"features of {len(todo)} shards were made here, {len(shards)} are wanted")
 
 
@@ -249,7 +275,8 @@ def run_stage(stage: str, options: Evaluation, benchmark: Benchmark) -> None:
 
 def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
     """The stages after planning, as jobs or here."""
-    from hpc_mm.arrays import Stage, Work, queue, run_tasks, wants_slurm
+    from hpc_mm.arrays import Stage, Work, queue, room_of_models, run_tasks, wants_slurm
+    from hpc_mm.local import visible_gpus
 
     again = script_words(words, options)
     if options.task is None and wants_slurm(options.cluster):
@@ -257,7 +284,7 @@ def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
             Stage(stage, options.tasks, options.gpus) if stage in SHARED else Stage(stage) for stage in options.stages
         ]
         places = [options.checkpoint, options.data, options.out]
-        name = options.name or f"{Path(options.checkpoint).name}-{benchmark.name}-step-{options.step}"
+        name = job_name(options, benchmark, options.step)
         work = Work(name, f"eval-{name}", stages, STAGES[1:], again, places, SNAPSHOT, options.slurm)
         queue(work, options.cluster)
         return 0
@@ -265,13 +292,29 @@ def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
         die_with_parent(signal.SIGTERM)  # else work whose launcher was killed would go on beside the next one
     for stage in options.stages:
         if stage in SHARED and options.tasks > 1 and options.task is None:
-            code = run_tasks([sys.executable, *again], stage, options.tasks)
+            rooms = room_of_models(visible_gpus() if options.gpus else [])
+            code = run_tasks([sys.executable, *again], stage, options.tasks, rooms)
             if code:
                 return code
             continue
         with ended_in_order():
             run_stage(stage, options, benchmark)
     return 0
+
+
+def job_name(options: Evaluation, benchmark: Benchmark, step: str) -> str:
+    """Of the Slurm jobs, before their stage."""
+    return options.name or f"{Path(options.checkpoint).name}-{benchmark.name}-step-{step}"
+
+
+def jobs_of(options: Evaluation, benchmark: Benchmark, planned: Planned) -> list[str]:
+    """Names of the Slurm jobs whose work is watched; none where this command would run here."""
+    from hpc_mm import slurm
+
+    if options.cluster not in ("auto", "slurm") or not slurm.is_here():
+        return []
+    name = job_name(options, benchmark, planned.step)
+    return [f"{name}-{stage}" for stage in options.stages if stage in SHARED]
 
 
 def script_words(words: Sequence[str], options: Evaluation, script: str = "") -> list[str]:

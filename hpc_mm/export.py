@@ -1,8 +1,9 @@
 """``python -m hpc_mm.export run=runs/toy out=FOLDER``: a checkpoint's trained weights as one safetensors folder.
 
 The folder holds ``model.safetensors`` (in several files with an index above 5 GB) with every trained parameter by its
-name in the model, ``run.json``, and the run's tokenizer where it has one of its own. Frozen weights are those of the
-models that run.json names. ``model.weights=FOLDER`` starts another run from it.
+name in the model, ``run.json``, and the run's tokenizer where it has one of its own; of a run with LoRA also
+``adapter``, the folder that ``peft.PeftModel.from_pretrained`` puts upon the language model. Frozen weights are those
+of the models that run.json names. ``model.weights=FOLDER`` starts another run from it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 from pydantic import Field
 
 from hpc_mm import checkpoint
-from hpc_mm.config import ConfigError, Part, parse_arguments, read_run, with_overrides
+from hpc_mm.config import ClipFlanT5, ConfigError, Part, parse_arguments, read_run, with_overrides
 
 
 class Export(Part):
@@ -45,6 +46,10 @@ def export(options: Export) -> Path:
     try:
         save_torch_state_dict(weights, aside)
         (aside / "run.json").write_text(run.model_dump_json(indent=2))
+        if isinstance(run.model, ClipFlanT5) and run.model.lora.rank:
+            from hpc_mm.models.lora import save_adapter
+
+            save_adapter(run.model.lora, run.model.language.name, weights, aside / "adapter")
         if (folder / "tokenizer.json").exists():
             shutil.copy2(folder / "tokenizer.json", aside)
         aside.rename(out)

@@ -82,7 +82,7 @@ def image_bytes(file: Path) -> bytes:
     if file.suffix != ".npy":
         return file.read_bytes()
     try:
-        pixels = np.load(file, allow_pickle=False)
+        pixels = np.lib.format.open_memmap(file, mode="r")  # no more than the file holds, whatever its head says
     except (ValueError, OSError, EOFError) as error:
         raise ConfigError(f"{file} is no array: {error}") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
@@ -143,29 +143,26 @@ def _preference(items: Sequence[Item], scores: Sequence[Floats]) -> Figures:
 def _labels(items: Sequence[Item], scores: Sequence[Floats]) -> Figures:
     """Area under the ROC curve of each source, as published: sources are never put together."""
     values, positive = np.array([matrix[0, 0] for matrix in scores]), np.array([item.human == 1 for item in items])
+    texts = np.array([item.texts[0] for item in items])
     figures = {}
     for name, places in _parts([item.group] for item in items).items():
         try:
-            figures[f"auroc/{name}"] = mean_interval(roc_auc_each(values[places], positive[places].tolist()))
+            each = roc_auc_each(values[places], positive[places].tolist())
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        figures[f"auroc/{name}"] = _interval(each, texts[places])
     return figures
 
 
 def _true_above_false(items: Sequence[Item], scores: Sequence[Floats]) -> Figures:
     """The share of false texts that score lower than the true one, the first; a tie fails."""
-    right = np.array([(matrix[0, 0] > matrix[0, 1:]).sum() for matrix in scores], dtype=np.float64)
-    pairs = np.array([matrix.shape[1] - 1 for matrix in scores], dtype=np.float64)
-    parts = _parts([item.group] if item.group else [] for item in items)
-    return {"accuracy": _share(right, pairs)} | {
-        f"accuracy/{name}": _share(right[places], pairs[places]) for name, places in parts.items()
+    false = [matrix.shape[1] - 1 for matrix in scores]
+    right = np.concatenate([matrix[0, 0] > matrix[0, 1:] for matrix in scores]).astype(np.float64)
+    images = np.repeat([item.images[0] for item in items], false)
+    parts = _parts([name] if name else [] for name in np.repeat([item.group for item in items], false))
+    return {"accuracy": _interval(right, images)} | {
+        f"accuracy/{name}": _interval(right[places], images[places]) for name, places in parts.items()
     }
-
-
-def _share(right: Floats, of: Floats) -> Interval:
-    """A share of all pairs; its interval is that of a ratio, since pairs of one image are not independent."""
-    share = right.sum() / of.sum()
-    return mean_interval(share + (right - share * of) / of.mean())
 
 
 def _ratings(items: Sequence[Item], scores: Sequence[Floats]) -> Figures:
@@ -173,25 +170,37 @@ def _ratings(items: Sequence[Item], scores: Sequence[Floats]) -> Figures:
     each skill, calibrated on its items; mean scores of generators, over all items and by basic and advanced skills."""
     values = np.array([matrix[0, 0] for matrix in scores])
     human = np.array([item.human for item in items], dtype=np.float64)
+    prompts = np.array([item.group for item in items])
     figures = {
-        "pairwise_accuracy": _pairwise(values, human),
-        "pearson": mean_interval(pearson_each(values, human)),
-        "kendall": mean_interval(kendall_each(values, human)),
+        "pairwise_accuracy": _interval(_calibrated_each(values, human), prompts),
+        "pearson": _interval(pearson_each(values, human), prompts),
+        "kendall": _interval(kendall_each(values, human), prompts),
     }
-    prompts = list(_parts([item.group] for item in items).values())
-    if len({len(places) for places in prompts}) == 1 and len(prompts[0]) > 1:
-        rows = np.array(prompts)
-        figures["pairwise_accuracy_within_prompts"] = _pairwise(values[rows], human[rows])
+    rows = list(_parts([item.group] for item in items).values())
+    if len({len(places) for places in rows}) == 1 and len(rows[0]) > 1:
+        figures["pairwise_accuracy_within_prompts"] = mean_interval(_calibrated_each(values[rows], human[rows]))
     for name, places in _parts(item.skills for item in items).items():
-        figures[f"pairwise_accuracy/{name}"] = _pairwise(values[places], human[places])
+        figures[f"pairwise_accuracy/{name}"] = _interval(
+            _calibrated_each(values[places], human[places]), prompts[places]
+        )
     for name, places in _parts([item.generator, *_levels(item)] for item in items).items():
         figures[f"score/{name}"] = mean_interval(values[places])
     return figures
 
 
-def _pairwise(values: Floats, human: Floats) -> Interval:
-    """Its interval takes the calibrated eps as given."""
-    return mean_interval(pairwise_accuracy_each(values, human, tie_calibration(values, human).eps))
+def _calibrated_each(values: Floats, human: Floats) -> Floats:
+    """Shares of pairwise accuracy at the best eps, which intervals take as given."""
+    return pairwise_accuracy_each(values, human, tie_calibration(values, human).eps)
+
+
+def _interval(each: Floats, units: NDArray[np.str_]) -> Interval:
+    """The mean of shares with the interval of a ratio of sums by unit: what is of one image, or of one prompt, is not
+    independent."""
+    _, place = np.unique(units, return_inverse=True)
+    sums, counts = np.bincount(place, each), np.bincount(place)
+    mean = float(each.mean())
+    found = mean_interval(mean + (sums - mean * counts) / counts.mean())
+    return Interval(mean, found.low, found.high)
 
 
 def _levels(item: Item) -> list[str]:

@@ -204,7 +204,10 @@ def pickapic(folder: Path) -> list[Item]:
 
     ``human`` is 1 where people prefer the first image (``label_0`` 1), else 0: a draw counts for the second, as there.
     """
-    entries = {entry.id: entry for entry in _read(folder / "test_captions.json", list[_Preference])}
+    captions: list[_Preference] = _read(folder / "test_captions.json", list[_Preference])
+    entries = {entry.id: entry for entry in captions}
+    if len(entries) < len(captions):
+        raise ConfigError(f"{folder}/test_captions.json has {len(captions) - len(entries)} ids of other captions")
     absent = [number for number in PICKAPIC if number not in entries]
     if absent:
         raise ConfigError(f"{folder}/test_captions.json lacks {len(absent)} of the 100 captions: id {absent[0]}, ...")

@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options: Judging = read_options(Judging, words)
         plans = options.stage in ("all", PLAN)
-        weights = found(options.checkpoint, options.step) if plans or not options.out else None
+        weights = found(options.checkpoint, options.step, plans) if plans or not options.out else None
         options = located(options, weights.step if weights else options.step)
         if weights and plans and options.cluster != "print":
             plan(options, weights)
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stages = STAGES[1:] if options.stage == "all" else (options.stage,)
         todo = {SCORE: score, COLLECT: collect}
         work = work_for(options, stages, words)
-        return run_stages(work, stages, options.cluster, options.task, lambda stage: todo[stage](options))
+        return run_stages(work, options.cluster, options.task, lambda stage: todo[stage](options))
     except (ConfigError, StoreError, MissingKey, StoreDown, OSError) as error:  # OSError: of disks
         print(str(error) or repr(error), file=sys.stderr)
         return 2
@@ -132,9 +132,9 @@ def located(options: Judging, step: str) -> Judging:
     return options.model_copy(update={"checkpoint": folder, "step": step, "out": whole(out), "data": data})
 
 
-def found(folder: str, step: str) -> answerer.Weights:
-    """The weights that are named. ConfigError where they are of no model that can judge."""
-    weights = answerer.find(folder, step)
+def found(folder: str, step: str, digests: bool = True) -> answerer.Weights:
+    """The weights that are named, as ``answerer.find``. ConfigError where they are of no model that can judge."""
+    weights = answerer.find(folder, step, digests)
     family = weights.run.model.family
     if family != FAMILY:
         raise ConfigError(f"checkpoint={folder} is a {family} model; images are judged by {FAMILY} models")
@@ -196,7 +196,7 @@ def planned(options: Judging) -> tuple[Store, Plan, list[Item], answerer.Weights
         raise ConfigError(f"{options.out}: nothing is planned there ({missing}); stage=plan comes first") from None
     items = faithfulness.read(options.benchmark, Path(options.data))
     step = kept.work["step"] if options.step == LATEST else options.step
-    weights = found(options.checkpoint, step)
+    weights = found(options.checkpoint, step, digests=False)  # whoever planned has verified them
     differences = changes(as_read(kept.work), as_read(work_of(options, weights, items)))
     if differences:
         raise ConfigError(f"{options.out} was planned otherwise: {'; '.join(differences)}")

@@ -30,7 +30,7 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a r
 
 def check(run: Run) -> None:
     """Refuse more GPUs than this machine has."""
-    wanted, found = run.nodes * run.gpus_per_node, len(_gpus())
+    wanted, found = run.nodes * run.gpus_per_node, len(visible_gpus())
     if wanted > found:
         raise ConfigError(
             f"nodes={run.nodes} x gpus_per_node={run.gpus_per_node} needs {wanted} GPUs, and this machine has {found} "
@@ -38,7 +38,8 @@ def check(run: Run) -> None:
         )
 
 
-def _gpus() -> list[str]:
+def visible_gpus() -> list[str]:
+    """Each as CUDA_VISIBLE_DEVICES names it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
@@ -67,7 +68,7 @@ def node_environments(run: Run, submission: Submission) -> list[dict[str, str]]:
     shared["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     if not run.gpus_per_node:
         return [shared] * run.nodes
-    gpus, share = _gpus(), run.gpus_per_node
+    gpus, share = visible_gpus(), run.gpus_per_node
     return [{**shared, "CUDA_VISIBLE_DEVICES": ",".join(gpus[n * share : (n + 1) * share])} for n in range(run.nodes)]
 
 

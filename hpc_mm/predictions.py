@@ -184,9 +184,10 @@ def done_parts(store: Store, plan: Plan, known: Mapping[int, Done] = NOTHING) ->
     ConfigError where a file is there that is not the plan's.
     """
     found = listed(store, plan)
+    new = [part for part in found if part not in known]
     with ThreadPoolExecutor(READS, "parts") as threads:
-        parts = threads.map(lambda part: known.get(part) or read_part(store, plan, part), found)
-        return dict(zip(found, parts, strict=True))
+        read = dict(zip(new, threads.map(lambda part: read_part(store, plan, part), new), strict=True))
+    return {part: read[part] if part in read else known[part] for part in found}
 
 
 def merged(store: Store, plan: Plan) -> list[Row]:
@@ -221,6 +222,6 @@ class State:
 
 def state(plan: Plan, done: Mapping[int, Done]) -> State:
     """The state by the parts that are done (``done_parts``)."""
-    questions = sum(len(part.rows) for part in done.values())
+    questions = sum(len(plan.ids_of(part)) for part in done)
     seconds = max((p.ended for p in done.values()), default=0.0) - min((p.began for p in done.values()), default=0.0)
     return State(len(done), questions, len(plan.ids), questions / seconds if seconds > 0 else None)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Generic, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hpc_mm import pack
-from hpc_mm.arrays import Stage, Work, queue, run_tasks, wants_slurm
+from hpc_mm.arrays import Stage, Work, queue, room_of_cores, run_tasks, wants_slurm
 from hpc_mm.config import ConfigError, Positive, Slurm, unknown
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.filters import Filters
@@ -300,7 +300,7 @@ def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, 
             continue
         if stage == "pack":  # once for all tasks: a file on the web is copied, a mistake told
             pack.check_first(options, *first_part(options))
-        code = run_tasks([sys.executable, *script_words(words, options)], stage, options.tasks)
+        code = run_tasks([sys.executable, *script_words(words, options)], stage, options.tasks, room_of_cores())
         if code:
             return code
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpc_mm import checkpoint, slurm
 from hpc_mm.arrays import Stage, Work, check_time, scripts
-from hpc_mm.benchmark import Benchmark, questions, shards_of
+from hpc_mm.benchmark import Benchmark, has_answers, shards_of
 from hpc_mm.command import ROOT, Submission
 from hpc_mm.config import ConfigError, Run, parse_arguments, unknown
 from hpc_mm.data.shards import read_manifest
@@ -87,7 +87,7 @@ def check_data(run: Run, run_folder: Path) -> None:
     for one in scheduled(run, run_folder):
         data, split = one.options.data, one.options.split
         shards_of(read_manifest(open_store(data)), one.benchmark.demonstrations, data)
-        if not questions(data, split, one.benchmark, images=1)[0].references:  # then none of them has any
+        if not has_answers(data, split, one.benchmark):
             raise ConfigError(
                 f"evaluate.benchmarks.{one.name}: the answers of split={split} are not public, so {data} gives no "
                 f"scores while training goes on; eval/{one.name}.py by hand writes the file for the challenge's server"

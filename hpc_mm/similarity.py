@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from hpc_mm.config import ConfigError, ImageSpec, Part
+from hpc_mm.config import ConfigError, ImageSpec, Part, unknown
 from hpc_mm.data.pictures import UnreadableImage
 from hpc_mm.data.shards import INDEX, ShardReader
 from hpc_mm.data.store import MissingKey, Store, StoreError, whole
@@ -80,6 +81,15 @@ class Encoder(Part):
         if not NAME.fullmatch(name):
             raise ConfigError(f"{name!r} is no name of an open_clip model and its weights, such as ViT-L-14 and openai")
         return name
+
+    def check(self) -> None:
+        """ConfigError where open_clip has no such model, by its files: importing it takes as long as torch."""
+        found = find_spec("open_clip")
+        if ":" in self.model or found is None or found.origin is None:
+            return
+        known = [file.stem for file in Path(found.origin).parent.glob("model_configs/*.json")]
+        if self.model.replace("/", "-") not in known:
+            raise unknown("open_clip model rices.model", self.model, known)
 
 
 def is_file(pretrained: str) -> bool:

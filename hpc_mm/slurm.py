@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 
 from hpc_mm.chain import one_line, outside
 from hpc_mm.command import Submission
@@ -25,6 +26,11 @@ def ask(*words: str) -> str:
     if answer.returncode:
         raise ConfigError(f"Slurm does not answer {' '.join(words)!r}: {one_line(answer.stderr)}")
     return answer.stdout
+
+
+def queued(names: Sequence[str]) -> list[str]:
+    """This user's jobs of these names in the queue: id and name of each."""
+    return ask("squeue", "--me", "--noheader", f"--name={','.join(names)}", "-o", "%i %j").splitlines()
 
 
 def check(run: Run, script: str) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from hpc_mm.arrays import Work, queue, run_tasks, wants_slurm
+from hpc_mm.answerer import visible_gpus
+from hpc_mm.arrays import Work, queue, room_of_models, run_tasks, wants_slurm
 from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
 
 
-def run_stages(work: Work, stages: Sequence[str], cluster: str, task: int | None, run: Callable[[str], None]) -> int:
-    """All ``stages`` of the work in their order; 0, or 1 where a task failed.
+def run_stages(work: Work, cluster: str, task: int | None, run: Callable[[str], None]) -> int:
+    """All stages of the work in their order; 0, or 1 where a task failed. Tasks here load a model each.
 
     ``task``: this process is that one of its stage. ``run``: does a stage, or its task, here.
     """
@@ -21,14 +22,13 @@ def run_stages(work: Work, stages: Sequence[str], cluster: str, task: int | None
         return 0
     if LAUNCHER in os.environ:
         die_with_parent(signal.SIGTERM)  # else work whose launcher was killed would go on beside the next one
-    tasks = {stage.name: stage.tasks for stage in work.stages}
-    for stage in stages:
-        count = tasks[stage]
-        if count is not None and count > 1 and task is None:
-            code = run_tasks([sys.executable, *work.words], stage, count)
+    for stage in work.stages:
+        if stage.tasks is not None and stage.tasks > 1 and task is None:
+            rooms = room_of_models(visible_gpus() if stage.gpus else [])
+            code = run_tasks([sys.executable, *work.words], stage.name, stage.tasks, rooms)
             if code:
                 return code
             continue
         with ended_in_order():
-            run(stage)
+            run(stage.name)
     return 0

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic_core import ValidationError, from_json
 
 from hpc_mm.benchmark import Benchmark, Question
-from hpc_mm.config import ConfigError
+from hpc_mm.config import ConfigError, Part, one_line
 from hpc_mm.data.parts import changes
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
 from hpc_mm.demonstrations import QuerySet, Similar
@@ -21,7 +21,7 @@ from hpc_mm.predictions import Plan, as_read, read_plan, save_plan
 from hpc_mm.protocol import RICES, Demonstrations, Protocol, Questions, Scoring, digest_of, protocol_of
 from hpc_mm.rules import OPENFLAMINGO, VERSION
 
-QUESTIONS, POOL = "questions.jsonl", "pool.jsonl"
+QUESTIONS, POOL, FACTS = "questions.jsonl", "pool.jsonl", "pool.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,29 @@ class Choice:
     def trials(self) -> list[Trial]:
         return [Trial(shots, seed) for shots in self.shots for seed in self.seeds or (None,)]
 
+    def file(self, seed: int | None) -> str:
+        """Of the questions that a trial's demonstrations are taken from."""
+        return POOL if seed is None else f"queries-{self.query_set}-s{seed}.jsonl"
+
+    def shown(self, pool: Sequence[Question]) -> dict[str, Sequence[Question]]:
+        """As much of the pool as prompts can show, by its file: each seed's query set, or all of it."""
+        if not self.seeds:
+            return {self.file(None): pool}
+        return {self.file(seed): QuerySet(pool, seed, self.query_set).questions for seed in self.seeds}
+
+
+class Pool(Part):
+    """What protocols and scores take from the pool of demonstrations."""
+
+    count: int
+    digest: str
+    labels: tuple[str, ...]  # all of them, sorted, where questions are of classes
+
+    @classmethod
+    def of(cls, benchmark: Benchmark, pool: Sequence[Question]) -> Pool:
+        labels = {question.references[0] for question in pool} if benchmark.kind == "classes" else set()
+        return cls(count=len(pool), digest=digest_of(pool), labels=tuple(sorted(labels)))
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -61,7 +84,7 @@ class Planned:
     address: str  # of the folder or store that holds it all
     choice: Choice
     questions: list[Question]
-    pool: list[Question]  # that demonstrations are taken from
+    pool: Pool  # that demonstrations are taken from
     plans: dict[Trial, Plan]
 
     @cached_property
@@ -77,11 +100,6 @@ class Planned:
         """Digest of the questions."""
         return digest_of(self.questions)
 
-    @cached_property
-    def shown(self) -> str:
-        """Digest of the pool."""
-        return digest_of(self.pool)
-
     @property
     def step(self) -> str:
         """Of the checkpoint that answers."""
@@ -90,11 +108,33 @@ class Planned:
     def store(self, trial: Trial) -> Store:
         return open_store(f"{self.address}/{trial.name}")
 
+    def queries(self, seed: int) -> QuerySet:
+        """As drawn from the whole pool: of what was drawn first, the same is drawn again."""
+        found = self._read(self.choice.file(seed))
+        if len(found) != min(self.choice.query_set, self.pool.count):
+            raise self._damaged(seed)
+        return QuerySet(found, seed, self.choice.query_set)
+
+    def similar(self) -> Similar:
+        found = self._read(self.choice.file(None))
+        if digest_of(found) != self.pool.digest:
+            raise self._damaged(None)
+        return Similar(found)
+
+    def _read(self, name: str) -> list[Question]:
+        try:
+            return read_questions(open_store(self.address), name)
+        except MissingKey as missing:
+            raise not_planned(self.address, missing) from None
+
+    def _damaged(self, seed: int | None) -> ConfigError:
+        return ConfigError(f"{self.address}/{self.choice.file(seed)} is damaged: remove it and plan again")
+
 
 def protocol(benchmark: Benchmark, planned: Planned, trials: Sequence[Trial], rules: str) -> Protocol:
     """By which the score of trials of so many shots is made."""
     choice, asked = planned.choice, Questions(split=benchmark.split, count=len(planned.ids), digest=planned.asked)
-    pool = Questions(split=benchmark.demonstrations, count=len(planned.pool), digest=planned.shown)
+    pool = Questions(split=benchmark.demonstrations, count=planned.pool.count, digest=planned.pool.digest)
     (shots,) = {trial.shots for trial in trials}
     seeds = tuple(trial.seed for trial in trials if trial.seed is not None)
     shown = (
@@ -116,15 +156,18 @@ def some_of(questions: Sequence[Question], count: int) -> list[Question]:
     return [question for question in questions if question.id in chosen]
 
 
-def with_classes(benchmark: Benchmark, pool: Sequence[Question]) -> Benchmark:
+def with_classes(benchmark: Benchmark, pool: Pool) -> Benchmark:
     """The benchmark with the labels of the pool as its classes, where they are to be found there."""
     if benchmark.kind != "classes" or benchmark.classes:
         return benchmark
-    return benchmark.model_copy(update={"classes": tuple(sorted({question.references[0] for question in pool}))})
+    return benchmark.model_copy(update={"classes": pool.labels})
 
 
-def check(benchmark: Benchmark, planned: Planned) -> None:
-    """ConfigError where a question has too few demonstrations, or where only some questions have answers."""
+def check(benchmark: Benchmark, planned: Planned, shown: Mapping[str, Sequence[Question]]) -> None:
+    """ConfigError where a question has too few demonstrations, or where only some questions have answers.
+
+    ``shown``: what demonstrations are taken from, as ``save`` keeps it.
+    """
     questions, choice = planned.questions, planned.choice
     without = [question.id for question in questions if not question.references]
     if without and len(without) < len(questions):
@@ -140,21 +183,24 @@ def check(benchmark: Benchmark, planned: Planned) -> None:
                 f"classes of {benchmark.demonstrations}"
             )
     for seed in choice.seeds:
-        queries = QuerySet(planned.pool, seed, choice.query_set)
+        queries = QuerySet(shown[choice.file(seed)], seed, choice.query_set)
         for shots in choice.shots:
             queries.check(shots, questions)
     if not choice.seeds:
-        Similar(planned.pool).check(max(choice.shots))
+        Similar(shown[choice.file(None)]).check(max(choice.shots))
 
 
 # ---------------------------------------------------------------- kept and read
 
 
-def save(planned: Planned, benchmark: Benchmark, work: dict[str, Any], size: int) -> Planned:
+def save(
+    planned: Planned, shown: Mapping[str, Sequence[Question]], benchmark: Benchmark, work: dict[str, Any], size: int
+) -> Planned:
     """Keep what is planned, with plans of parts of ``size``. ConfigError where the address holds another plan."""
     store = open_store(planned.address, make=True)
-    for name, kept in ((QUESTIONS, planned.questions), (POOL, planned.pool)):
-        keep(store, name, kept)
+    keep(store, FACTS, planned.pool.model_dump_json().encode())
+    for name, questions in {QUESTIONS: planned.questions, **shown}.items():
+        keep(store, name, "".join(line(question) for question in questions).encode())
     for trial in planned.choice.trials:
         values = {**work, "protocol": unscored(benchmark, planned, trial)}
         planned.plans[trial] = Plan(values, planned.ids, size)
@@ -176,8 +222,7 @@ def refuse_other(planned: Planned, benchmark: Benchmark, work: dict[str, Any]) -
             raise ConfigError(f"{planned.address}/{trial.name} was planned otherwise: {'; '.join(found)}")
 
 
-def keep(store: Store, name: str, questions: Sequence[Question]) -> None:
-    data = "".join(line(question) for question in questions).encode()
+def keep(store: Store, name: str, data: bytes) -> None:
     try:
         if store.read(name) != data:
             raise ConfigError(
@@ -192,15 +237,27 @@ def read(address: str, choice: Choice) -> Planned:
     """What was planned. ConfigError where one of the trials was not."""
     store = open_store(address)
     try:
-        planned = Planned(address, choice, read_questions(store, QUESTIONS), read_questions(store, POOL), {})
+        planned = Planned(address, choice, read_questions(store, QUESTIONS), read_pool(store), {})
         for trial in choice.trials:
             planned.plans[trial] = read_plan(planned.store(trial))
     except (MissingKey, StoreError) as missing:
-        raise ConfigError(f"{address}: not all is planned there ({missing}); stage=plan comes first") from None
+        raise not_planned(address, missing) from None
     for trial, plan in planned.plans.items():
         if plan.ids != planned.ids:
             raise ConfigError(f"{address}/{trial.name} is a plan of other questions than {QUESTIONS}: use another out")
     return planned
+
+
+def not_planned(address: str, missing: Exception) -> ConfigError:
+    return ConfigError(f"{address}: not all is planned there ({missing}); stage=plan comes first")
+
+
+def read_pool(store: Store) -> Pool:
+    try:
+        return Pool.model_validate_json(store.read(FACTS))
+    except ValidationError as error:
+        reason = one_line(error, Pool)
+        raise ConfigError(f"{store.address}/{FACTS} is damaged ({reason}): remove it and plan again") from None
 
 
 def line(question: Question) -> str:

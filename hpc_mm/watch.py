@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from hpc_mm import slurm
 from hpc_mm.benchmark import Benchmark
+from hpc_mm.config import ConfigError
 from hpc_mm.intervals import Interval
 from hpc_mm.predictions import Done, State, done_parts, state
-from hpc_mm.scoring import scores
+from hpc_mm.scoring import Running, running
 from hpc_mm.trials import Planned, Trial
 
 EVERY = 5.0  # seconds between looks
 QUIET = 300.0  # seconds without a new part that are told
-SHARE = 4  # times as long as a look takes is waited for the next
+SHARE = 1  # times as long as a look takes is waited for the next
+ASKED = 30.0  # seconds between two questions to Slurm
+AGAIN = "give the same command again, without watch=true"
 
 
 @dataclass
@@ -26,42 +31,76 @@ class Watched:
     """A trial and what is known of it."""
 
     trial: Trial
-    done: Mapping[int, Done] = field(default_factory=dict)
-    score: Interval | None = None  # of what is done; None where nothing can be scored
+    running: Running | None = None  # None where nothing can be scored
+    done: Mapping[int, Done] = field(default_factory=dict)  # without their rows, which may be a million
+    score: Interval | None = None  # of what is done
 
-    def look(self, planned: Planned, benchmark: Benchmark, rules: str) -> State:
-        plan, known = planned.plans[self.trial], len(self.done)
-        self.done = done_parts(planned.store(self.trial), plan, self.done)
-        if len(self.done) > known:
-            self.score = self._scored(planned, benchmark, rules)
+    def look(self, planned: Planned) -> State:
+        plan = planned.plans[self.trial]
+        found = done_parts(planned.store(self.trial), plan, self.done)
+        rows = {part: done.rows for part, done in found.items() if part not in self.done}
+        new = {part: ([planned.by_id[row["id"]] for row in some], some) for part, some in rows.items()}
+        self.done = {part: replace(done, rows=[]) for part, done in found.items()}
+        if new and self.running is not None:
+            self.running.add(new)
+            self.score = self._scored(self.running, len(planned.questions))
         return state(plan, self.done)
 
-    def _scored(self, planned: Planned, benchmark: Benchmark, rules: str) -> Interval | None:
-        rows = [row for part in self.done.values() for row in part.rows]
-        asked = [planned.by_id[row["id"]] for row in rows]
-        if not all(question.references for question in asked):
-            return None
+    @staticmethod
+    def _scored(running: Running, total: int) -> Interval | None:
         try:
-            found = scores(benchmark, rules, asked, rows, planned.questions)
+            return running.scores().interval(total)
         except ValueError:  # of a curve, one class alone so far
             return None
-        return found.interval(len(planned.questions))
 
 
-def watch(planned: Planned, benchmark: Benchmark, rules: Sequence[str], every: float = EVERY) -> int:
-    """Show every trial until all parts are done; reads what tasks have written, and nothing else."""
-    trials = [Watched(trial) for trial in planned.plans]
+class Queue:
+    """Whether this evaluation's jobs are in Slurm's queue."""
+
+    def __init__(self, names: Sequence[str], tell: Callable[[str], None], every: float = ASKED) -> None:
+        """``names`` of jobs that make parts, none where no Slurm is asked; ``tell`` takes a line."""
+        self.names, self.tell, self.every = names, tell, every
+        self.asked, self.answers, self.gone = -every, True, False
+
+    def words(self) -> str:
+        """What is told where parts are missing, and nothing makes them as far as Slurm knows."""
+        if self.names and time.monotonic() - self.asked >= self.every:
+            self.asked = time.monotonic()
+            self._ask()
+        return f"; Slurm has no job {' or '.join(self.names)}: unless tasks run elsewhere, {AGAIN}" if self.gone else ""
+
+    def _ask(self) -> None:
+        try:
+            self.gone, self.answers = not slurm.queued(self.names), True
+        except ConfigError as error:  # the daemon may be away for a while, the parts are not
+            if self.answers:
+                self.tell(f"{error}; parts are watched on, the queue once it answers")
+            self.gone, self.answers = False, False
+
+
+def watch(
+    planned: Planned, benchmark: Benchmark, rules: Sequence[str], jobs: Sequence[str] = (), every: float = EVERY
+) -> int:
+    """Show every trial until all parts are done; reads what tasks have written, and nothing else.
+
+    ``jobs``: names of Slurm jobs that make parts, of which it is told when none is left; none = Slurm is not asked.
+    """
+    begin = running(benchmark, rules[0], planned.questions) if planned.questions[0].references else lambda: None
+    trials = [Watched(trial, begin()) for trial in planned.plans]
     console = Console()
+    queue = Queue(jobs, partial(console.print, markup=False, soft_wrap=True))
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            began = time.monotonic()
-            states = [one.look(planned, benchmark, rules[0]) for one in trials]
-            table = shown(trials, states, f"{benchmark.metric}, {rules[0]}{silence(trials)}")
+            began, told = time.monotonic(), queue.words()  # before the look: a job's last part comes before its end
+            states = [one.look(planned) for one in trials]
+            ended = all(found.questions == found.total for found in states)
+            told = "" if ended else told or silence(trials)
+            table = shown(trials, states, f"{benchmark.metric}, {rules[0]}{told}")
             if console.is_terminal:
                 live.update(table, refresh=True)
             else:
-                print(line(trials, states) + silence(trials), flush=True)
-            if all(found.questions == found.total for found in states):
+                print(line(trials, states) + told, flush=True)
+            if ended:
                 break
             time.sleep(max(every, SHARE * (time.monotonic() - began)))
     if not console.is_terminal:
@@ -74,7 +113,7 @@ def silence(trials: Sequence[Watched]) -> str:
     newest = max((part.ended for one in trials for part in one.done.values()), default=None)
     if newest is None or time.time() - newest < QUIET:
         return ""
-    return f"; nothing new for {clock(time.time() - newest)}: see the logs, or give the same command again"
+    return f"; nothing new for {clock(time.time() - newest)}: see the logs, or {AGAIN}"
 
 
 def shown(trials: Sequence[Watched], states: Sequence[State], title: str) -> Table:

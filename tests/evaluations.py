@@ -7,7 +7,7 @@ from typing import Any
 from hpc_mm import benchmark, results, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.data.store import open_store
-from hpc_mm.trials import Choice, Planned
+from hpc_mm.trials import Choice, Planned, Pool
 
 TOY = Benchmark(name="toy", kind="caption", prompt=benchmark.CAPTION, metric="cider")
 VQA = Benchmark(name="vqav2", kind="vqa", prompt=benchmark.VQA, metric="vqa-accuracy")
@@ -28,8 +28,8 @@ def evaluate(
     out = f"{run_folder}/eval/{one.name}/step-{step}"
     asked = trials.some_of(benchmark.questions(data, one.split, one), samples)
     pool = benchmark.questions(data, one.demonstrations, one)
-    planned = Planned(out, Choice(tuple(shots), tuple(seeds), 8, ""), asked, pool, {})
-    trials.save(planned, one, {}, 64)
+    planned = Planned(out, Choice(tuple(shots), tuple(seeds), 8, ""), asked, Pool.of(one, pool), {})
+    trials.save(planned, planned.choice.shown(pool), one, {}, 64)
     rows = [{"id": question.id, "text": text} for question, text in zip(asked, said, strict=True)]
     entries = [
         results.score(planned, one, {trial: rows for trial in planned.choice.trials if trial.shots == number}, name)

@@ -239,6 +239,11 @@ def test_a_prompt_of_the_whole_context_and_one_longer(parts: tuple[FlamingoModel
         answers.generate([fits, long], DECODING)
     with pytest.raises(ConfigError, match=r"question q7: .* and 6 of an answer"):
         answers.score([fits, long], ["red", "a red circle of the left"])
+    picture = Sample("picture", (Text("red " * (CONTEXT - 7)), Image(None, "there"), Text("")))  # not read yet
+    for given in (DECODING, ["red", "a red circle of the left"]):
+        answers.check([fits, picture], given)
+        with pytest.raises(ConfigError, match=r"question q7: its prompt of 123 tokens and 6 of .* context of 128"):
+            answers.check([fits, long], given)
 
 
 @pytest.mark.parametrize(

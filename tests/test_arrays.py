@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT, environment
 
-from hpc_mm.arrays import Stage, Work, queue
+from hpc_mm.arrays import Stage, Work, queue, room_of_cores, room_of_models, run_tasks
 from hpc_mm.config import Slurm
 
 
@@ -59,6 +59,38 @@ def test_a_stage_has_gpus_of_its_own(
         assert f"exec bash sbatch/stage.sh eval/some.py 'checkpoint=a b' stage={name}" in text
     assert "--gpus-per-node=2\n" in answer and "--array=0-0\n" in answer and " task=" in answer
     assert "--gpus" not in collect and "--array" not in collect and " task=" not in collect
+
+
+def test_a_model_keeps_its_threads_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert room_of_cores() == [{}] * cores
+    for threads, models in (("1", cores), (f"{cores},1", 1), (str(2 * cores), 1), ("none", 1)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert room_of_models([]) == [{}] * models
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert room_of_models([]) == [{}]
+    assert room_of_models(["3", "GPU-5a"]) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "GPU-5a"}]
+
+
+NOTES = """
+import os, sys, time
+from pathlib import Path
+stage, task = (word.partition("=")[2] for word in sys.argv[2:])
+place = Path(sys.argv[1], os.environ["CUDA_VISIBLE_DEVICES"])
+place.touch(exist_ok=False)  # one at a time
+Path(sys.argv[1], f"{stage}-{task}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+time.sleep(0.05)
+place.unlink()
+sys.exit(task == "4")
+"""
+
+
+def test_tasks_take_turns_on_the_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.py").write_text(NOTES)
+    words = [sys.executable, f"{tmp_path}/notes.py", str(tmp_path)]
+    assert run_tasks(words, "answer", 7, room_of_models(["0", "2"])) == 1
+    assert "answer: tasks [4] of 7 failed" in capsys.readouterr().err
+    assert {(tmp_path / f"answer-{task}").read_text() for task in range(7)} == {"0", "2"}
 
 
 @pytest.mark.parametrize("name", ["data_prep", "eval"])

@@ -9,11 +9,12 @@ from questions import CAPTIONS, MEMES, VQA, asked, captioned, image_of, write_sp
 from scripts import run
 from test_annotations import karpathy, put_images
 
+from hpc_mm import benchmark
 from hpc_mm.benchmark import Benchmark, digest, read_image
 from hpc_mm.benchmark import questions as read_questions
 from hpc_mm.config import ConfigError, validated
 from hpc_mm.data.schema import Image, Sample
-from hpc_mm.data.shards import ShardReader, ShardWriter
+from hpc_mm.data.shards import ShardReader, ShardWriter, read_manifest
 from hpc_mm.data.store import FolderStore, open_store
 
 
@@ -83,6 +84,66 @@ def test_no_image_is_read_with_the_questions(tmp_path: Path, monkeypatch: pytest
     read_questions(address, "test", CAPTIONS)
     assert sum(tar for tar, _ in read) == 20
     assert all(size < 300 for tar, size in read if tar)
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Keys that are read from now on."""
+    found: list[str] = []
+    original = FolderStore.read
+
+    def noting(self: FolderStore, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        found.append(key)
+        return original(self, key, start, end)
+
+    monkeypatch.setattr(FolderStore, "read", noting)
+    return found
+
+
+def test_samples_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later, for any benchmark and by anybody, one read for each shard."""
+    address = write_splits(tmp_path, 30_000, val=asked(*range(40)))
+    shards = list(read_manifest(open_store(address)).names)
+    first = read_questions(address, "val", VQA)
+    noted = reads(monkeypatch)
+    monkeypatch.setattr(benchmark, "READS", 3)
+    assert read_questions(address, "val", VQA) == first
+    assert len(shards) > 3 and sorted(noted) == ["facts/" + shard + ".json" for shard in shards] + ["index.json"]
+    with pytest.raises(ConfigError, match="caption wants captions, but image 0 holds questions"):
+        read_questions(address, "val", CAPTIONS)
+    (tmp_path / "facts" / f"{shards[1]}.json").unlink()
+    assert read_questions(address, "val", VQA) == first
+    (tmp_path / shards[2]).unlink()
+    with pytest.raises(ConfigError, match=f"no {shards[2]} in"):
+        read_questions(address, "val", VQA)
+
+
+def test_of_shards_that_may_be_replaced_nothing_is_kept(tmp_path: Path) -> None:
+    for label in ("yes", "not"):  # as long
+        with ShardWriter(open_store(str(tmp_path)), "dev") as writer:  # no digest in its name
+            writer.add(Sample("1", (Image(image_of("1")),), {"label": label}))
+        classes = MEMES.model_copy(update={"classes": ()})
+        assert [question.references for question in read_questions(str(tmp_path), "dev", classes)] == [(label,)]
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(b"[", "is damaged"), (b"[1]", "is damaged"), (b"[]", "is of 0 samples, not 2"), (b"7", "is damaged")],
+)
+def test_damaged_facts_are_told(tmp_path: Path, kept: bytes, said: str) -> None:
+    address = write_splits(tmp_path, test=captioned(1, 2))
+    read_questions(address, "test", CAPTIONS)
+    (file,) = tmp_path.glob("facts/*.json")
+    file.write_bytes(kept)
+    with pytest.raises(ConfigError, match=rf"{file} {said}.*: remove it$"):
+        read_questions(address, "test", CAPTIONS)
+
+
+def test_a_store_that_takes_nothing_costs_time_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    address = write_splits(tmp_path, 1, test=captioned(1, 2))
+    (tmp_path / "facts").write_text("in the way")
+    found = read_questions(address, "test", CAPTIONS)
+    assert [question.id for question in found] == ["1", "2"] and read_questions(address, "test", CAPTIONS) == found
+    assert caplog.text.count("questions are read from every sample again next time: cannot make the folder") == 2
 
 
 def test_what_data_prep_wrote(tmp_path: Path) -> None:

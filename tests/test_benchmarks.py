@@ -31,9 +31,10 @@ def test_without_a_gpu_nothing_is_measured() -> None:
 
 def test_metrics(java: None) -> None:
     """Ends with an error where the scores of the two sides differ."""
-    found = output("benchmarks/metrics.py", "images=60", "questions=300", "rounds=1")
+    found = output("benchmarks/metrics.py", "images=60", "questions=300", "rated=30", "rounds=1")
     assert found.count("times pycocoevalcap") == 4
     assert found.count("times open_flamingo") == 1
+    assert found.count("times the definition") == 1
 
 
 def test_vqascore() -> None:

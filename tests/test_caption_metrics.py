@@ -12,8 +12,9 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from hpc_mm import caption_metrics
 from hpc_mm.caption_metrics import bleu, bleu_each, caption_scores, cider, cider_each, rouge_l, rouge_l_each
-from hpc_mm.rules import LMMS_EVAL, VLMEVALKIT
+from hpc_mm.rules import LMMS_EVAL, OPENFLAMINGO, VLMEVALKIT, Rules
 
 SCORES = ["cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"]
 Scores = dict[str, tuple[float, Sequence[float]]]
@@ -97,12 +98,16 @@ def test_what_the_model_wrote_is_cut_by_the_rules() -> None:
     assert caption_scores(wrote, references, VLMEVALKIT)["rouge_l"].score < 1
 
 
-def test_scores_of_a_part_with_the_documents_of_all() -> None:
+@pytest.mark.parametrize("rules", [OPENFLAMINGO, VLMEVALKIT], ids=lambda rules: rules.name)
+def test_an_images_score_is_the_same_bits_whichever_are_scored_beside_it(rules: Rules) -> None:
     candidates, references = drawn(Random(6), 60)
-    whole = cider_each(candidates, references)
-    part = cider_each(candidates[:20], references[:20], documents=references)
-    np.testing.assert_allclose(part, whole[:20], rtol=0, atol=1e-12)
-    assert not np.allclose(part, cider_each(candidates[:20], references[:20]))
+    whole = caption_scores(candidates, references, rules)["cider"].each
+    benchmark = caption_metrics.Cider(references, rules)
+    words = benchmark.words(candidates)
+    for images in (range(60), range(20), [59, 3, 41], [7]):
+        part = benchmark.each([words[image] for image in images], images)
+        np.testing.assert_array_equal(part, whole[list(images)])
+    assert not np.allclose(whole[:20], cider_each(candidates[:20], references[:20]))
 
 
 def test_cider_of_the_only_reference_is_ten() -> None:
@@ -125,8 +130,3 @@ def test_a_candidate_and_a_reference_per_image(candidates: list[str], references
     for score in (cider, bleu, rouge_l, caption_scores):
         with pytest.raises(ValueError, match="needs one, and a reference"):
             score(candidates, references)
-
-
-def test_an_image_of_the_documents_without_a_reference() -> None:
-    with pytest.raises(ValueError, match="no reference"):
-        cider_each(["a"], [["a"]], documents=[["a"], []])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import questions
 import samples
 import small_run
 
-from hpc_mm import benchmark, evaluate, metrics
+from hpc_mm import benchmark, checkpoint, evaluate, metrics, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError
 from hpc_mm.predictions import NAME
@@ -64,7 +65,7 @@ def asked(image: int, number: int) -> dict[str, Any]:
 
 def run(one: Benchmark, run_folder: Path, data: dict[str, str], out: Path | str, *words: str) -> int:
     given = [f"checkpoint={run_folder}", f"data={data[one.name]}", f"out={out}"]
-    own = {word.partition("=")[0] for word in words}
+    own = {word.partition("=")[0] for word in words} | ({"seeds"} if "selection=rices" in words else set())
     return evaluate.main(one, [*given, *(word for word in WORDS if word.partition("=")[0] not in own), *words])
 
 
@@ -127,8 +128,11 @@ def test_captions_have_further_metrics(run_folder: Path, data: dict[str, str], t
     assert entry["others"] == {name: 100 * one.score for name, one in found.items() if name != "cider"}
 
 
-def test_processes_here_share_the_work(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
+def test_processes_here_share_the_work(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A script of eval/ in processes of its own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = [f"checkpoint={run_folder}", f"data={data['vqav2']}", "split=test", "decoding.max_new_tokens=4", *WORDS]
     script = Path(evaluate.__file__).parents[1] / "eval" / "vqav2.py"
     done = script_run(script, *words, "tasks=2", f"out={tmp_path}/script")
@@ -253,7 +257,7 @@ def test_a_split_without_answers_becomes_a_file_for_the_challenge(
     data = {"vqav2": questions.write_splits(tmp_path / "data", **splits)}
     out = tmp_path / "out"
     assert run(VQA, run_folder, data, out, "split=test-dev", "shots=2", "seeds=3") == 0
-    (file,) = out.glob("*.json")
+    (file,) = out.glob("vqav2-*.json")
     assert file.name == "vqav2-test-dev-2shot-s3.json" and str(file) in capsys.readouterr().out
     lines = json.loads(file.read_text())
     assert [line["question_id"] for line in lines] == [10 * i + k for i in range(12) for k in range(2)]
@@ -278,6 +282,33 @@ def test_watching(run_folder: Path, data: dict[str, str], tmp_path: Path, capsys
             assert f"{trial['score']:.2f} ({trial['score']:.2f} to {trial['score']:.2f})" in said, "all are scored"
 
 
+def test_the_jobs_that_are_watched_are_those_that_answer(
+    run_folder: Path,
+    data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(VQA, run_folder, data, tmp_path / "out", "stage=plan") == 0
+    for more in ({}, {"name": "mine"}, {"selection": "rices"}):
+        words = ["cluster=print", *(f"{key}={value}" for key, value in more.items())]
+        given = {"checkpoint": str(run_folder), "data": data["vqav2"], "split": "test", "decoding": {}, **more}
+        planned = trials.read(f"{tmp_path}/out", evaluate.Choice((2,), (3, 4), 2048, ""))
+        monkeypatch.setenv("PATH", "/usr/bin:/bin")
+        capsys.readouterr()
+        assert run(VQA, run_folder, data, tmp_path / "out", *words) == 0
+        named = re.findall(r"--job-name=(\S+)", capsys.readouterr().out)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        watched = evaluate.jobs_of(evaluate.Evaluation(**given), VQA, planned)
+        assert watched == [name for name in named if not name.endswith("-collect")] and watched
+        assert evaluate.jobs_of(evaluate.Evaluation(**given, cluster="local"), VQA, planned) == []
+    monkeypatch.setenv("PATH", "")
+    assert evaluate.jobs_of(evaluate.Evaluation(**given), VQA, planned) == []
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -297,6 +328,7 @@ MISTAKES = {
     "a task too many": (["stage=answer", "tasks=2", "task=2"], "task=2: tasks=2 are numbered from 0 to 1"),
     "a task of no stage": (["tasks=2", "task=1"], "task=1 is of one stage: give stage=features or stage=answer too"),
     "no shots": (["shots="], "shots=[]: give one or more"),
+    "seeds of similar ones": (["selection=rices"], "seeds=3,4 is of random demonstrations, and selection=rices"),
 }
 
 
@@ -311,6 +343,35 @@ def test_a_mistake_is_one_line_before_any_work(
     complaint = capsys.readouterr().err
     assert said in complaint and complaint.count("\n") == 1
     assert not list(tmp_path.rglob("parts"))
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("query_set=9", "query_set=9 is of random demonstrations, and selection=rices: leave it out"),
+        ("rices.model=ViT-L14", "unknown open_clip model rices.model 'ViT-L14': did you mean ViT-L-14?"),
+    ],
+)
+def test_a_mistake_about_similar_demonstrations(
+    word: str, said: str, run_folder: Path, data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(VQA, run_folder, data, tmp_path, "selection=rices", word) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint and complaint.count("\n") == 1
+
+
+def test_prompts_that_are_too_long_are_told_before_any_is_answered(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of the last part."""
+    test = facts("vqav2", TESTED)
+    test["10"]["questions"][1]["question"] = "What " * 300
+    data = {"vqav2": questions.write_splits(tmp_path / "data", test=test, train=facts("vqav2", TRAINED))}
+    assert run(VQA, run_folder, data, tmp_path / "out", "shots=1,2", "seeds=3") == 2
+    complaint = capsys.readouterr().err
+    assert "question 101: its prompt of " in complaint and complaint.count("\n") == 1
+    assert "take fewer shots, or shorter demonstrations" in complaint
+    assert not list(tmp_path.glob("out/*/parts"))
 
 
 def test_data_of_another_benchmark(
@@ -390,6 +451,45 @@ def test_a_checkpoint_that_vanishes_or_rots(
     shutil.rmtree(file.parent)
     assert run(VQA, folder, data, tmp_path / "out", "stage=answer") == 2
     assert "known: latest" in capsys.readouterr().err
+
+
+def test_weights_are_verified_once(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the plan; tasks look at sizes and heads."""
+    verified: list[str] = []
+    original = checkpoint.digest
+
+    def noting(file: Path) -> str:
+        verified.append(file.name)
+        return original(file)
+
+    monkeypatch.setattr(checkpoint, "digest", noting)
+    assert run(VQA, run_folder, data, tmp_path) == 0
+    assert sorted(verified) == ["progress.json", "rank-00000.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "said"),
+    [(0, 8, "is damaged: Error while deserializing header"), (0, None, "has 0 bytes, not")],
+)
+def test_weights_that_rot_after_the_plan(
+    start: int,
+    end: int | None,
+    said: str,
+    run_folder: Path,
+    data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "toy")
+    assert run(VQA, folder, data, tmp_path / "out", "stage=plan") == 0
+    file = next(folder.glob("checkpoints/step-*/*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:start] + (b"?" * (end - start) + whole[end:] if end else b""))
+    assert run(VQA, folder, data, tmp_path / "out", "stage=answer") == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint and complaint.count("\n") == 1
 
 
 def test_a_metric_that_is_none(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:

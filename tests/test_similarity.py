@@ -195,6 +195,13 @@ def test_names(tmp_path: Path, encoder: Encoder) -> None:
             _ = Encoder(**wrong).name
 
 
+def test_models_that_open_clip_knows(encoder: Encoder) -> None:
+    for model in (*open_clip.list_models(), "ViT-B/32", "hf-hub:laion/anything", encoder.model):
+        Encoder(model=model).check()
+    with pytest.raises(ConfigError, match=r"unknown open_clip model rices.model 'ViT-L14': did you mean ViT-L-14\?"):
+        Encoder(model="ViT-L14").check()
+
+
 def test_an_encoder_that_wants_other_pictures(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="resize_mode=squash; only shortest"):
         Tower(write_clip(tmp_path / "clip", resize_mode="squash"), "cpu")

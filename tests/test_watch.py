@@ -1,9 +1,10 @@
 """Running scores of an evaluation, part by part."""
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import questions
 from evaluations import TOY, VQA
@@ -11,8 +12,9 @@ from evaluations import TOY, VQA
 from hpc_mm import benchmark, metrics, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.predictions import Done, write_part
-from hpc_mm.trials import Choice, Planned, Trial
-from hpc_mm.watch import Watched, clock, silence, time_left, watch
+from hpc_mm.scoring import running
+from hpc_mm.trials import Choice, Planned, Pool, Trial
+from hpc_mm.watch import Queue, Watched, clock, silence, time_left, watch
 
 
 def planned(tmp_path: Path, one: Benchmark) -> Planned:
@@ -20,7 +22,8 @@ def planned(tmp_path: Path, one: Benchmark) -> Planned:
     data = questions.write_splits(tmp_path / one.name, test=make(*range(20)), train=make(*range(20, 30)))
     asked = benchmark.questions(data, "test", one)
     pool, choice = benchmark.questions(data, "train", one), Choice((2,), (1,), 8, "")
-    return trials.save(Planned(f"{tmp_path}/out-{one.name}", choice, asked, pool, {}), one, {}, 4)
+    plan = Planned(f"{tmp_path}/out-{one.name}", choice, asked, Pool.of(one, pool), {})
+    return trials.save(plan, choice.shown(pool), one, {}, 4)
 
 
 def answer(plan: Planned, part: int, text: str, began: float = 1.0) -> None:
@@ -32,24 +35,46 @@ def answer(plan: Planned, part: int, text: str, began: float = 1.0) -> None:
 @pytest.mark.parametrize("one", [TOY, VQA], ids=lambda one: one.name)
 def test_the_running_score_is_that_of_what_is_done(one: Benchmark, tmp_path: Path) -> None:
     plan = planned(tmp_path, one)
-    seen = Watched(Trial(2, 1))
-    state = seen.look(plan, one, "openflamingo")
+    seen = Watched(Trial(2, 1), running(one, "openflamingo", plan.questions)())
+    state = seen.look(plan)
     assert (state.questions, state.total, seen.score) == (0, len(plan.questions), None)
     said = "caption 3.1" if one.kind == "caption" else "a1"
-    for part in (2, 0):
+    for part in (2, 0):  # one at a look
         answer(plan, part, said)
-    state = seen.look(plan, one, "openflamingo")
+        state = seen.look(plan)
     done = [*plan.questions[0:4], *plan.questions[8:12]]
-    references = [question.references for question in done]
     if one.kind == "caption":
-        every = [question.references for question in plan.questions]
-        each = metrics.cider_each(["nothing", said, said, said] * 2, references, documents=every)
+        whole = ["nothing", said, said, said] * (len(plan.questions) // 4)
+        every = metrics.cider_each(whole, [question.references for question in plan.questions])
+        each = [*every[0:4], *every[8:12]]
     else:
-        each = metrics.vqa_accuracy_each(["nothing", said, said, said] * 2, references)
+        references = [question.references for question in done]
+        each = list(metrics.vqa_accuracy_each(["nothing", said, said, said] * 2, references))
     assert state.questions == 8 and seen.score is not None
-    expected = metrics.mean_interval(100 * np.asarray(each), len(plan.questions))
-    assert seen.score == pytest.approx(expected)
+    low, mean, high = sorted(metrics.mean_interval(each, len(plan.questions)))
+    assert seen.score == (100 * mean, 100 * low, 100 * high)
     assert seen.score.low < seen.score.mean < seen.score.high
+
+
+def test_what_is_scored_is_not_read_again(tmp_path: Path) -> None:
+    """Of a million rows a look keeps their scores, and when they were made."""
+    plan = planned(tmp_path, VQA)
+    seen = Watched(Trial(2, 1), running(VQA, "openflamingo", plan.questions)())
+    answer(plan, 0, "a1")
+    seen.look(plan)
+    plan.store(Trial(2, 1)).write("parts/000000.jsonl", b"no longer looked at")
+    answer(plan, 1, "a1")
+    assert seen.look(plan).questions == 8
+    assert not any(part.rows for part in seen.done.values())
+
+
+def test_a_hidden_split_has_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(tmp_path, VQA)
+    plan.questions[:] = [replace(question, references=()) for question in plan.questions]
+    for part in range(10):
+        answer(plan, part, "a1")
+    assert watch(plan, VQA, ["openflamingo"], every=0) == 0
+    assert capsys.readouterr().out.startswith("40 of 40 questions\n")
 
 
 def test_it_ends_with_the_last_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,11 +92,68 @@ def test_silence_is_told(tmp_path: Path) -> None:
     seen = Watched(Trial(2, 1))
     assert silence([seen]) == ""
     answer(plan, 0, "a1")
-    seen.look(plan, VQA, "openflamingo")
+    seen.look(plan)
     assert silence([seen]) == ""
     (part,) = seen.done.values()
     seen.done = {0: Done(part.rows, 1.0, time.time() - 3600.0)}
     assert "nothing new for 1:00:00: see the logs" in silence([seen])
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Makes a squeue of shell commands, beside the file in which it notes how it was called."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+
+    def make(commands: str) -> Path:
+        program = tmp_path / "bin" / "squeue"
+        program.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n{commands}\n')
+        program.chmod(0o755)
+        return tmp_path / "calls"
+
+    return make
+
+
+def test_jobs_that_are_gone_are_told(squeue: Callable[[str], Path]) -> None:
+    told: list[str] = []
+    names = ["toy-vqa-features", "toy-vqa-answer"]
+    calls = squeue("echo '7_1 toy-vqa-answer'")
+    queue = Queue(names, told.append, every=0)
+    assert queue.words() == "" and "--me" in calls.read_text() and f"--name={','.join(names)}" in calls.read_text()
+    squeue("true")
+    assert queue.words() == (
+        "; Slurm has no job toy-vqa-features or toy-vqa-answer: unless tasks run elsewhere, "
+        "give the same command again, without watch=true"
+    )
+    squeue("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert [queue.words(), queue.words()] == ["", ""]
+    assert len(told) == 1 and "Unable to contact slurm controller" in told[0] and "\n" not in told[0]
+    squeue("true")
+    assert "Slurm has no job" in queue.words()
+    assert len(told) == 1
+
+
+def test_slurm_is_not_asked_at_every_look(squeue: Callable[[str], Path]) -> None:
+    calls = squeue("true")
+    queue, nobody = Queue(["toy-answer"], print, every=3600.0), Queue([], print)
+    found = [queue.words() for _ in range(3)]
+    assert found[0] and len(set(found)) == 1
+    assert nobody.words() == ""
+    assert len(calls.read_text().splitlines()) == 1
+
+
+def test_a_job_that_ends_with_the_last_part_is_not_told(
+    tmp_path: Path, squeue: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(tmp_path, VQA)
+    for part in range(10):
+        answer(plan, part, "a1")
+    last = tmp_path / "out-vqav2" / "2shot-s1" / "parts" / "000009.jsonl"
+    last.rename(tmp_path / "last")
+    squeue(f"mv {tmp_path}/last {last} 2>&1")
+    assert watch(plan, VQA, ["openflamingo"], ["toy-answer"], every=0) == 0
+    said = capsys.readouterr().out
+    assert "40 of 40 questions" in said and "Slurm has no job" not in said
 
 
 def test_the_time_left_is_that_of_all_trials(tmp_path: Path) -> None:

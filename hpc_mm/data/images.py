@@ -17,7 +17,8 @@ from hpc_mm.config import ImageSpec
 from hpc_mm.data.pictures import TRANSPOSE, as_rgb, draft_to, opened_picture, orientation
 
 DRAFT_MARGIN = 1.5  # a drafted image is so many times as large as wanted; photos keep 39 dB PSNR, at 1.25 only 36
-REVERSED = {3, 4, 6, 7}, {2, 3, 7, 8}  # turns that reverse a stored picture's rows, and its columns
+REVERSED = {2, 3, 7, 8}, {3, 4, 6, 7}  # turns that reverse a stored picture's columns, and its rows
+ROWS = 512  # of a picture that are padded at once
 
 
 def decode(data: bytes, spec: ImageSpec) -> NDArray[np.uint8]:
@@ -25,7 +26,7 @@ def decode(data: bytes, spec: ImageSpec) -> NDArray[np.uint8]:
 
     ``square="crop"``: short side resized, centre cut; this is open_clip's evaluation transform (antialiased bicubic) up
     to normalisation, to one level of 255, two where it is enlarged. ``square="pad"``: on a square of the mean colour,
-    then resized; this is LLaVA's, with the same precision, but upright, which LLaVA's is not.
+    then resized; this is LLaVA's with the same precision (two levels at a few edges), but upright, as LLaVA's is not.
     A JPEG that stays at least 1.5 times as large as wanted is decoded at 1/2, 1/4 or 1/8 of its size by its DCT
     coefficients, which stays above 35 dB PSNR; one to be padded only where its border stays a whole number of pixels.
     Of an animation the first frame counts. Safe with threads, which run side by side.
@@ -49,24 +50,30 @@ def padded_short_side(size: tuple[int, int], side: int) -> float:
 def on_square(pixels: Tensor, shown: tuple[float, float], turn: int, spec: ImageSpec) -> Tensor:
     """(H, W, C) to (size, size, C): resized as if it lay in the middle of a square of the mean colour.
 
-    The long side is resized before the border is added, so that no large square is ever made. Where the border is odd,
-    its smaller half is on the top or left of the upright picture.
+    The width is resized first, some rows at a time, so that no large square is ever made. Where the border is odd, its
+    smaller half is on the top or left of the upright picture.
     """
-    wide = shown[0] >= shown[1]
-    axis, side = (0, max(shown)) if wide else (1, max(shown))  # along the short side
-    height, width, channels = pixels.shape
-    strip = (
-        resized(pixels, (shown[0], height), spec.size, height)
-        if wide
-        else resized(pixels, (width, shown[1]), width, spec.size)
+    side = max(shown)
+    left, top = (
+        math.ceil((side - length) / 2) if turn in reversed_turns else math.floor((side - length) / 2)
+        for length, reversed_turns in zip(shown, REVERSED, strict=True)
     )
-    shape = (math.ceil(side), spec.size) if wide else (spec.size, math.ceil(side))
-    colour = torch.tensor([*(int(255 * mean) for mean in spec.mean), 255], dtype=torch.uint8)
-    square = colour[:channels].repeat(*shape, 1)
-    border = (side - min(shown)) / 2
-    start = math.ceil(border) if turn in REVERSED[axis] else math.floor(border)
-    square.narrow(axis, start, pixels.shape[axis]).copy_(strip)
-    return resized(square, (spec.size, side) if wide else (side, spec.size), spec.size, spec.size)
+    colour = torch.tensor([*(int(255 * mean) for mean in spec.mean), 255], dtype=torch.uint8)[: pixels.shape[2]]
+    strips = (pixels[start : start + ROWS] for start in range(0, len(pixels), ROWS))
+    wide = (bordered(strip, 1, left, math.ceil(side), colour) for strip in strips)
+    narrow = torch.cat([resized(strip, (side, len(strip)), spec.size, len(strip)) for strip in wide])
+    return resized(bordered(narrow, 0, top, math.ceil(side), colour), (spec.size, side), spec.size, spec.size)
+
+
+def bordered(pixels: Tensor, axis: int, start: int, length: int, colour: Tensor) -> Tensor:
+    """(H, W, C) at ``start`` of an axis that becomes so long, the rest of it in one colour."""
+    if pixels.shape[axis] == length:
+        return pixels
+    shape = list(pixels.shape)
+    shape[axis] = length
+    whole = colour.expand(shape).clone()
+    whole.narrow(axis, start, pixels.shape[axis]).copy_(pixels)
+    return whole
 
 
 def pixels_of(image: Image.Image) -> Tensor:

@@ -12,6 +12,7 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+QUESTION = 'Does this figure show "{}"? Please answer yes or no.'  # VQAScore's, of a caption (arXiv 2404.01291)
 SPEAKERS = {"user": "USER", "assistant": "ASSISTANT"}
 END = "</s>"  # closes an answer of v1; the end token of LLaMA, whose tokenizer reads it as that
 

@@ -15,15 +15,15 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, TaskType, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
-from hpc_mm.config import ClipFlanT5, ConfigError, Lora
+from hpc_mm.config import ClipFlanT5, ConfigError
 from hpc_mm.models.clip_flant5_weights import load_weights
 from hpc_mm.models.cross_attention import own_precision
 from hpc_mm.models.flops import clip_flant5_work
+from hpc_mm.models.lora import UPDATE, with_updates
 from hpc_mm.models.parts import projector, seeded, splice
 from hpc_mm.models.t5 import load_t5, load_tokenizer
 from hpc_mm.models.vision_tower import image_spec, load_vision
@@ -60,18 +60,6 @@ def build(
     return model.train()
 
 
-def lora_config(lora: Lora, language: nn.Module) -> LoraConfig:
-    """peft's values: updates of every matrix of the layers, not of the tables."""
-    leaves = {name.rpartition(".")[2] for name, part in language.named_modules() if isinstance(part, nn.Linear)}
-    return LoraConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM,
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # which is divided by r
-        lora_dropout=lora.dropout,
-        target_modules=sorted(leaves),
-    )
-
-
 class ClipFlanT5Model(nn.Module):
     """A T5 that reads images as tokens of its encoder. Made by ``build``."""
 
@@ -86,7 +74,7 @@ class ClipFlanT5Model(nn.Module):
         self.vision = vision
         self.projector = projector(vision.conv1.out_channels, language.config.d_model)
         if config.lora.rank:
-            language = inject_adapter_in_model(lora_config(config.lora, language), language)
+            language = with_updates(language, config.lora)
         if config.gradient_checkpointing:
             for block in (*language.encoder.block, *language.decoder.block):
                 block.gradient_checkpointing = True
@@ -203,7 +191,7 @@ class ClipFlanT5Model(nn.Module):
     def learns(self, name: str) -> bool:
         """Whether a parameter is trained: those of trainable parts; with LoRA, of the language model its updates."""
         part = self.part_of(name)
-        updated = part != "language" or not self.config.lora.rank or ".lora_" in name
+        updated = part != "language" or not self.config.lora.rank or UPDATE in name
         return part in self.config.trainable and updated
 
     def decays(self, name: str, parameter: Tensor) -> bool:

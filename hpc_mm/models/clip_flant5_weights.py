@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft.tuners.lora import Linear as Updated
 from torch import Tensor
 
 from hpc_mm.config import ConfigError
+from hpc_mm.models.lora import UPDATE, merged
 from hpc_mm.models.weight_files import copy_into, exported_files, load_exported, pickled, read_json, state_in, tensors
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def load_released(model: ClipFlanT5Model, folder: Path) -> None:
 def _placed(model: ClipFlanT5Model) -> dict[str, Tensor]:
     """The parameters by the names that they have without LoRA, but its updates."""
     named = model.named_parameters()
-    return {name.replace(".base_layer.", "."): value for name, value in named if ".lora_" not in name}
+    return {name.replace(".base_layer.", "."): value for name, value in named if UPDATE not in name}
 
 
 def _name(model: ClipFlanT5Model, key: str) -> str:
@@ -122,11 +122,11 @@ def _name(model: ClipFlanT5Model, key: str) -> str:
 
 def _take(ours: Mapping[str, Tensor], found: set[str], name: str, value: Tensor, said: str) -> None:
     """Copy one weight, or, of a table that came already, see that it is the same."""
-    if name not in found:
+    if name not in found or ours[name].shape != value.shape:
         copy_into(ours, name, value, said)
         found.add(name)
     elif not torch.equal(ours[name], value.to(ours[name].dtype)):
-        raise ConfigError(f"{said} differs from {name.removeprefix('language.')}, of which it should be a copy")
+        raise ConfigError(f"{said} differs from another copy of the same table")
 
 
 def _load_tower(model: ClipFlanT5Model, tower: Mapping[str, Tensor], folder: Path) -> None:
@@ -174,12 +174,7 @@ def save_projector(model: ClipFlanT5Model, file: Path) -> None:
 def save_released(model: ClipFlanT5Model, folder: Path) -> None:
     """Write a released folder, without the tower, which its config.json names. LoRA's updates are merged."""
     state = {f"mm_projector.{name}": value.detach() for name, value in model.projector.named_parameters()}
-    for name, value in _placed(model).items():
-        if name.startswith("language."):
-            state[name.removeprefix("language.")] = value.detach()
-    for name, module in model.language.named_modules():
-        if isinstance(module, Updated):
-            state[f"{name}.weight"] = state[f"{name}.weight"] + module.get_delta_weight("default")
+    state.update(merged(model.language))
     tied = model.language.config.scale_decoder_outputs
     state.update(dict.fromkeys((*TABLES, "lm_head.weight") if tied else TABLES, state["shared.weight"]))
     save_torch_state_dict(state, folder, filename_pattern="pytorch_model{suffix}.bin", safe_serialization=False)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import nn
 
 from hpc_mm.models.cross_attention import INNER
+from hpc_mm.models.lora import UPDATE
 
 if TYPE_CHECKING:
     from hpc_mm.models.clip_flant5 import ClipFlanT5Model
@@ -112,7 +113,7 @@ def clip_flant5_work(model: ClipFlanT5Model) -> list[Work]:
 
 def _matrices(per: Literal["source", "target"], module: nn.Module, learns: bool) -> list[Work]:
     """With LoRA, what learns are its updates alone."""
-    updates = sum(value.numel() for name, value in module.named_parameters() if ".lora_" in name)
+    updates = sum(value.numel() for name, value in module.named_parameters() if UPDATE in name)
     tables = sum(weights(part) for part in module.modules() if isinstance(part, nn.Embedding))
     own = weights(module) - updates - tables
     return [Work(per, 2 * own, 1 + (learns and not updates)), Work(per, 2 * updates, 2)]

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from hpc_mm.config import ConfigError, Language, unknown
 from hpc_mm.models.language_model import bare_tokenizer, named_tokenizer
@@ -51,6 +52,30 @@ class UntiedT5(T5ForConditionalGeneration):  # type: ignore[misc]
     }
 
 
+class EncoderAttention(T5Attention):  # type: ignore[misc]
+    """Attention of an encoder whose first layer puts padding into the bias that all layers take.
+
+    transformers' own makes the sum of the two, (B, heads, T, T), anew in every layer, and keeps it for backward.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, position_bias: Tensor | None = None, **given: Any
+    ) -> Any:
+        """``mask`` is (B, 1, 1, T) bool, true where there is no padding."""
+        if position_bias is None:
+            length = hidden_states.shape[1]
+            position_bias = self.compute_bias(length, length, device=hidden_states.device)
+            if mask is not None:
+                position_bias = position_bias.masked_fill(~mask, torch.finfo(position_bias.dtype).min)
+        return super().forward(hidden_states, position_bias=position_bias, **given)
+
+
+def share_bias(encoder: Any) -> None:
+    """Let every layer's attention run so."""
+    for block in encoder.block:
+        block.layer[0].SelfAttention.__class__ = EncoderAttention
+
+
 class Head(nn.Module):
     """The output head in fp32, whatever its weights are kept in; rows beyond the tokenizer's are not used."""
 
@@ -75,6 +100,7 @@ def load_t5(language: Language, tokenizer: Any, dropout: float) -> Any:
             "of its tokenizer"
         )
     model.set_input_embeddings(model.shared)  # one module, not three with one table
+    share_bias(model.encoder)
     model.lm_head = Head(model.lm_head.weight, len(tokenizer))
     model.config.vocab_size = len(tokenizer)
     return model

@@ -34,7 +34,7 @@ def clip_flant5_toy_stage1() -> Run:
                 form="chat",
                 template="t5_plain_split_text",
                 batch=32,
-                max_tokens=96,
+                max_tokens=128,
                 max_images=1,
             )
         },

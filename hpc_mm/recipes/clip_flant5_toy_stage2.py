@@ -35,7 +35,7 @@ def clip_flant5_toy_stage2() -> Run:
                 form="chat",
                 template="t5_v1",
                 batch=64,
-                max_tokens=96,
+                max_tokens=128,
                 max_images=1,
             )
         },

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,12 @@ def test_an_array_of_which_a_task_is_killed(shapes: Path, tmp_path: Path) -> Non
     wait(jobs["answer"][0])
     assert wait(jobs["collect"][0]) == "CANCELLED", "not all is there to collect"
     assert not (tmp_path / "array" / "results.json").exists()
+    assert watch.stdout is not None
+    assert any("Slurm has no job toy-toy_vqa-step-7-answer" in line for line in islice(watch.stdout, 60))
     again = submitted(evaluated(values, "toy_vqa", *array))
     assert wait(again["collect"][0]) == "COMPLETED"
-    said, _ = watch.communicate(timeout=600)
-    assert watch.returncode == 0 and "2 shots, seed 1" in said
+    said = watch.stdout.read()
+    assert watch.wait() == 0 and "2 shots, seed 1" in said
     for trial in (tmp_path / "here").glob("*shot-s*"):
         rows = (trial / "openflamingo.jsonl").read_bytes()
         assert (tmp_path / "array" / trial.name / "openflamingo.jsonl").read_bytes() == rows

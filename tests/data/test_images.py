@@ -1,4 +1,5 @@
 import io
+import resource
 import struct
 import tarfile
 import zlib
@@ -21,6 +22,10 @@ from hpc_mm.data.pictures import MAX_PIXELS, ORIENTATION, TRANSPOSE, UnreadableI
 
 def spec(size: int) -> ImageSpec:
     return ImageSpec(size, SPEC.mean, SPEC.std)
+
+
+def padding(size: int) -> ImageSpec:
+    return ImageSpec(size, SPEC.mean, SPEC.std, square="pad")
 
 
 def psnr(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
@@ -65,6 +70,109 @@ def test_equals_open_clips_transform_on_real_images(shared_data: Path) -> None:
         theirs = transform(Picture.open(io.BytesIO(data)))
         ours = normalised([decode(data, spec(224))], spec(224))[0]
         assert (ours - theirs).abs().max() <= 1.001 / 255 / min(SPEC.std)
+
+
+# ---------------------------------------------------------------- padded to a square
+
+
+def padded(image: Picture.Image) -> Picture.Image:
+    """On a square of the mean colour, the smaller half of an odd border on the left or top."""
+    side = max(image.size)
+    square = Picture.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def padded_reference(data: bytes, size: int) -> NDArray[np.uint8]:
+    """The padded picture as Pillow resizes it."""
+    return np.asarray(padded(Picture.open(io.BytesIO(data)).convert("RGB")).resize((size, size), 3))
+
+
+@settings(max_examples=80)
+@given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.sampled_from([1, 7, 16, 32]))
+def test_padding_equals_pillows_bicubic(width: int, height: int, size: int) -> None:
+    if max(width, height) > 50 * min(width, height):
+        return
+    data = encoded(picture(width * 100 + height, width, height))
+    found = decode(data, padding(size)).astype(int)
+    levels = 2 if size > min(width, height) else 1
+    assert found.shape == (size, size, 3) and np.abs(found - padded_reference(data, size)).max() <= levels
+
+
+def test_padding_equals_clips_image_processor_on_real_images(shared_data: Path) -> None:
+    from transformers import CLIPImageProcessorPil
+
+    sizes = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    processor = CLIPImageProcessorPil(**sizes)
+    for data in real_images(shared_data)[::2]:
+        image = Picture.open(io.BytesIO(data)).convert("RGB")
+        if max(image.size) >= 1.5 * 2 * 336:
+            continue  # by draft
+        theirs = processor(padded(image), return_tensors="pt")["pixel_values"][0]
+        ours = normalised([decode(data, padding(336))], padding(336))[0]
+        assert (ours - theirs).abs().max() <= 2.001 / 255 / min(SPEC.std)  # two levels at a few sharp edges
+
+
+def test_a_square_picture_has_no_border() -> None:
+    data = encoded(picture(1, 60, 60))
+    assert np.array_equal(decode(data, padding(32)), decode(data, spec(32)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 41), (41, 60), (330, 241)])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_padding_is_of_the_upright_picture(width: int, height: int, turn: int) -> None:
+    """Though it is the stored picture that is padded. After a quarter turn height is resized before width."""
+    levels = 1 if turn <= 4 else 8  # overshoot beyond 255 is lost between the two
+    upright = picture(3, width, height)
+    back = {5: 5, 6: 8, 7: 7, 8: 6}.get(turn, turn)
+    stored = upright.transpose(TRANSPOSE[back]) if back in TRANSPOSE else upright
+    exif = Picture.Exif()
+    exif[ORIENTATION] = turn
+    for size in (30, 97):
+        found = decode(encoded(stored, exif=exif), padding(size)).astype(int)
+        assert np.abs(found - decode(encoded(upright), padding(size))).max() <= levels
+        assert psnr(decode(encoded(stored, "JPEG", quality=95, exif=exif), padding(size)), found.astype(np.uint8)) > 38
+
+
+@pytest.mark.parametrize(("width", "height", "drafted"), [(960, 720, True), (719, 975, True), (961, 720, False)])
+def test_padding_with_a_draft_keeps_the_border(width: int, height: int, drafted: bool) -> None:
+    """A draft only where half the border is whole at every scale: 120 pixels, 128, but not 120.5."""
+    fine = picture(5, 40, 40).resize((width, height), 3)
+    data = encoded(fine, "JPEG", quality=92)
+    for size in (64, 150, 300):
+        found, expected = decode(data, padding(size)), padded_reference(data, size)
+        assert psnr(found, expected) >= 37
+        assert (np.abs(found.astype(int) - expected).max() > 1) == drafted
+
+
+def test_drafts_of_padded_real_images(shared_data: Path) -> None:
+    found = [
+        psnr(decode(data, padding(size)), padded_reference(data, size))
+        for data in real_images(shared_data)
+        for size in (64, 128)
+    ]
+    print(f"PSNR at least {min(found):.1f} dB; {sum(value < 60 for value in found)} of {len(found)} by draft")
+    assert 37 <= min(found) < 60
+
+
+def test_padding_a_panorama_makes_no_large_square() -> None:
+    """20,000 x 700 pixels: a square of them would take 1.6 GB, for which there is no room here."""
+    data = encoded(picture(2, 200, 7).resize((20_000, 700)), "BMP")
+    expected = decode(data, padding(224))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 800 * 2**20, limits[1]))
+    try:
+        assert np.array_equal(decode(data, padding(224)), expected)
+        with pytest.raises(MemoryError):
+            np.empty(20_000 * 20_000 * 4, np.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    border = np.concatenate([expected[:100], expected[124:]])
+    assert (border == (122, 116, 104)).all()
+
+
+# ---------------------------------------------------------------- memory, drafts, turns
 
 
 def test_an_image_in_several_blocks_of_memory() -> None:

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import samples
 import torch
+from chat_samples import chat, t5_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from hpc_mm.config import IMAGE_TOKEN, ConfigError, Loader, Source
+from hpc_mm.config import IMAGE_PLACE, IMAGE_TOKEN, ConfigError, ImageSpec, Loader, Source
 from hpc_mm.data.batch import Batch
+from hpc_mm.data.chat import EncoderDecoderBatch
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import ShardReader, ShardWriter, corpus_digest, read_manifest
 from hpc_mm.data.store import open_store
@@ -297,6 +299,90 @@ def test_a_cache_folder_changes_nothing_and_serves_again(documents: str, tmp_pat
     finally:
         for shard in read_manifest(open_store(documents)):
             os.rename(Path(documents, shard.name + ".away"), Path(documents, shard.name))
+
+
+# ---------------------------------------------------------------- chats
+
+PATCHES = ImageSpec(16, samples.SPEC.mean, samples.SPEC.std, square="pad", tokens=500)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """15 chats of 1 to 3 questions and 0 to 2 images, and 2 pairs, in several shards."""
+    folder = str(tmp_path_factory.mktemp("chats"))
+    with ShardWriter(open_store(folder), "chats", max_bytes=12_000) as writer:
+        for number in range(15):
+            writer.add(chat(number, questions=1 + number % 3, images=number % 5 // 2))
+        for number in range(2):
+            writer.add(samples.pair(number))
+    return folder
+
+
+def chat_batches(
+    data: Source, rank: int = 0, world: int = 1, accumulate: int = 1, last: int = 3, **settings: Any
+) -> list[list[EncoderDecoderBatch]]:
+    reading = Loader(**{"workers": 0, "reads": 3, "prefetch": 2, **settings})
+    found: Any = list(make_loader(data, reading, 7, t5_tokenizer(), PATCHES, rank, world, accumulate, 0, last))
+    assert all(isinstance(batch, EncoderDecoderBatch) for step in found for batch in step)
+    return found
+
+
+def chat_rows(batches: list[EncoderDecoderBatch]) -> list[Row]:
+    """As ``rows``."""
+    found = []
+    for batch in batches:
+        names, images = iter(batch.ids), iter(batch.images.numpy())
+        for i in range(len(batch.ids)):
+            ids, labels = batch.input_ids[i][batch.attention_mask[i] > 0], batch.labels[i][batch.labels[i] != -100]
+            pixels = b"".join(next(images).tobytes() for _ in range(int((ids == IMAGE_PLACE).sum())))
+            found.append((next(names), ids.tolist(), labels.tolist(), pixels))
+        assert not list(names) and not list(images)
+    return found
+
+
+def chat_source(data: str, **more: Any) -> Source:
+    return source(data, **{"form": "chat", "template": "t5_v1", "max_tokens": 240, **more})
+
+
+@pytest.mark.parametrize("template", ["t5_v1", "t5_plain_split_text"])
+def test_chats_are_the_same_for_any_split_and_workers(chats: str, template: str) -> None:
+    data = chat_source(chats, template=template)
+    whole = [chat_rows(step) for step in chat_batches(data)]
+    assert sum(map(len, whole)) == 36 if template == "t5_v1" else 0 < sum(map(len, whole)) < 36
+    for world, accumulate, workers in ((2, 1, 1), (3, 2, 0), (13, 1, 0)):
+        ranks = [chat_batches(data, rank, world, accumulate, workers=workers) for rank in range(world)]
+        together = [[row for batches in step for row in chat_rows(batches)] for step in zip(*ranks, strict=True)]
+        assert together == whole
+
+
+def test_what_templates_leave_out_and_cut_is_listed(chats: str) -> None:
+    ((batch,),) = chat_batches(chat_source(chats, template="t5_plain", batch=17, max_tokens=4), last=1)
+    reasons = Counter(reason for _, reason in batch.left_out)
+    assert reasons == {"several questions (t5_plain)": 10, "no image (t5_plain)": 2}
+    unfinished = [name for name, labels in zip(batch.ids, batch.labels, strict=True) if 1 not in labels]
+    assert len(batch.ids) == 5 and batch.cut == unfinished != [] and not batch.unreadable
+
+
+def test_chats_of_like_length_share_a_micro_batch_with_their_images_and_answers(chats: str) -> None:
+    """An image takes 500 places, more than any text here."""
+    ((one, two, three),) = chat_batches(chat_source(chats, batch=17), accumulate=3, last=1, by_length=True)
+    counts = [count for batch in (one, two, three) for count in batch.image_counts.tolist()]
+    assert counts == sorted(counts)
+    lengths = [
+        int(batch.attention_mask[i].sum()) + 499 * batch.image_counts[i] + int((batch.labels[i] != -100).sum())
+        for batch in (one, two, three)
+        for i in range(len(batch.ids))
+    ]
+    assert lengths == sorted(lengths) and len(lengths) == 17
+
+
+def test_a_rank_without_any_chat_still_has_a_batch(tmp_path: Path) -> None:
+    with ShardWriter(open_store(str(tmp_path)), "texts") as writer:
+        for number in range(4):
+            writer.add(Sample(f"text{number}", (Text("a circle", "user"),)))
+    ((batch,),) = chat_batches(chat_source(str(tmp_path), batch=4), last=1)
+    assert batch.ids == [] and batch.targets == 0 and batch.labels.shape == (1, 1)
+    assert sorted(batch.left_out) == [(f"text{number}", "no answer at the end") for number in range(4)]
 
 
 # ---------------------------------------------------------------- coming back

@@ -39,6 +39,16 @@ def test_a_folders_tower_gives_its_own_tokens(tmp_path: Path, quick_gelu: bool, 
     assert any(type(module).__name__ == "QuickGELU" for module in tower.modules()) == quick_gelu
 
 
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_penultimate_tokens_are_what_the_last_layer_reads(tmp_path: Path, quick_gelu: bool) -> None:
+    whole = folder(tmp_path, quick_gelu).visual.eval()
+    tower = load_vision(Vision(name=f"local-dir:{tmp_path}", tokens="penultimate")).eval()
+    images = torch.randn(2, 3, 16, 16)
+    expected = whole.forward_intermediates(images, indices=2, output_fmt="NLC")
+    torch.testing.assert_close(tower(images)[1], expected["image_intermediates"][0])
+    assert not any(name.startswith(("transformer.resblocks.1", "ln_post", "proj")) for name in tower.state_dict())
+
+
 def test_image_spec(tmp_path: Path) -> None:
     folder(tmp_path, quick_gelu=False)
     spec = image_spec(load_vision(Vision(name=f"local-dir:{tmp_path}")))
