@@ -7,9 +7,9 @@ import signal
 import sys
 from collections.abc import Callable
 
-from hpc_mm.answerer import visible_gpus
 from hpc_mm.arrays import Work, queue, room_of_models, run_tasks, wants_slurm
 from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
+from hpc_mm.local import visible_gpus
 
 
 def run_stages(work: Work, cluster: str, task: int | None, run: Callable[[str], None]) -> int:
