@@ -14,6 +14,7 @@ ASKED = 'A chat between USER ASSISTANT : Does this figure show Please answer yes
 SMALLER = {
     "name": "judge",
     "start": "",
+    "sources.questions.max_tokens": "96",
     "model.vision.architecture": '{"image_size": 32, "patch_size": 8, "layers": 3, "width": 32, "head_width": 16}',
     "model.language.architecture.d_model": "32",
     "model.language.architecture.d_kv": "8",
