@@ -8,9 +8,7 @@ between parts, and nothing is stripped. The last Text is open: what is written, 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,14 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_mm.benchmark import Decoding
-from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, ImageSpec
-from hpc_mm.data.batch import encode, normalised, vocabulary, without_special
-from hpc_mm.data.images import decode
-from hpc_mm.data.pictures import UnreadableImage
+from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError
+from hpc_mm.data.batch import encode, vocabulary, without_special
 from hpc_mm.data.schema import Sample, Text
+from hpc_mm.features import Features, slices
 from hpc_mm.models.flamingo import FlamingoModel
 
-ENCODED = 32  # images that a GPU encodes at once
 CACHED = 2**14  # tokens whose keys and values exist at once while candidates are scored
 LOGITS = 2**26  # that exist at once while candidates are scored: 256 MiB in fp32
 
@@ -39,25 +35,6 @@ class Prompt:
     id: str
     input_ids: NDArray[np.int64]  # (T,)
     images: list[tuple[bytes, bytes]]  # digest and encoded bytes, in the order of the image tokens
-
-
-class Features:
-    """What the model made of images, by digest; beyond ``limit`` bytes those that were not used longest are dropped."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.bytes = limit, 0
-        self.kept: OrderedDict[bytes, Tensor] = OrderedDict()
-
-    def get(self, digest: bytes) -> Tensor | None:
-        if digest in self.kept:
-            self.kept.move_to_end(digest)
-        return self.kept.get(digest)
-
-    def put(self, digest: bytes, feature: Tensor) -> None:
-        self.kept[digest] = feature
-        self.bytes += feature.nbytes
-        while self.bytes > self.limit:
-            self.bytes -= self.kept.popitem(last=False)[1].nbytes
 
 
 class FlamingoAnswers:
@@ -169,24 +146,10 @@ class FlamingoAnswers:
     # ------------------------------------------------------------ images
 
     def _encoded(self, prompts: Sequence[Prompt]) -> dict[bytes, Tensor]:
-        """Features of the prompts' images by digest, (latents, width) each: 256 KiB an image as OpenFlamingo has them.
-
-        New ones are encoded ``at_once``, the last batch filled up with a picture of it: the shape of a batch decides
-        how matrix products are rounded, and what else is in it does not.
-        """
-        named = {digest: (data, prompt.id) for prompt in prompts for digest, data in prompt.images}
-        found = {digest: kept for digest in named if (kept := self.features.get(digest)) is not None}
-        new = [digest for digest in named if digest not in found]
-        size = at_once(self.device)
-        with ThreadPoolExecutor() as pool, self._precision():
-            for digests in slices(new, size):
-                pictures = list(pool.map(lambda digest: read(*named[digest], self.model.image_spec), digests))
-                pictures += pictures[-1:] * (size - len(pictures))
-                images = normalised(pictures, self.model.image_spec).to(self.device)
-                for digest, feature in zip(digests, self.model.encode(images), strict=False):
-                    found[digest] = feature.clone()  # a view would keep the whole batch
-                    self.features.put(digest, found[digest])
-        return found
+        """Features of the prompts' images by digest, (latents, width) : 256 KiB each as OpenFlamingo has them."""
+        named = {digest: (data, f"question {prompt.id}") for prompt in prompts for digest, data in prompt.images}
+        with self._precision():
+            return self.features.of(named, self.model.encode, self.model.image_spec, self.device)
 
     def _latents(self, prompts: Sequence[Prompt], features: Mapping[bytes, Tensor]) -> Tensor:
         """(N, latents, width) of the prompts' images in order; where there are none, one that nobody looks at."""
@@ -269,24 +232,7 @@ def _padded(rows: Sequence[tuple[int, ...]], length: int) -> Tensor:
     return torch.tensor([row + (0,) * (length - len(row)) for row in rows]).view(len(rows), length)
 
 
-def read(data: bytes, question: str, spec: ImageSpec) -> NDArray[np.uint8]:
-    try:
-        return decode(data, spec)
-    except UnreadableImage as error:
-        raise ConfigError(f"question {question}: an image cannot be read: {error}") from None
-
-
-def at_once(device: torch.device) -> int:
-    """Images of a batch. CPUs encode each alone: there a place in a batch changes rounding, as threads divide it."""
-    return 1 if device.type == "cpu" else ENCODED
-
-
 def context(model: FlamingoModel) -> int:
     """Tokens that the language model can take, as its config has it."""
     config = model.language.config.get_text_config()
     return int(config.max_seq_len if config.model_type == "mpt" else config.max_position_embeddings)
-
-
-def slices(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -68,6 +69,7 @@ __all__ = [
     "tie_calibration",
     "vqa_accuracy",
     "vqa_accuracy_each",
+    "vqascore",
 ]
 
 
@@ -106,3 +108,13 @@ def roc_auc_each(scores: ArrayLike, positive: Sequence[bool]) -> NDArray[np.floa
     area = won[truth].mean()
     size = np.where(truth, positives, negatives)
     return np.asarray(area + (won - area) * len(values) / size)
+
+
+def vqascore(log_probabilities: ArrayLike, mode: Literal["vqascore", "p_yes"] = "vqascore") -> NDArray[np.float64]:
+    """Scores from 0 to 1 of (..., tokens) log-probabilities of an answer's tokens, of which the last is its end.
+
+    As arXiv 2404.01291 computes it, exp(-mean cross-entropy), so the end counts too; ``p_yes`` is the probability of
+    the answer without its end.
+    """
+    values = np.asarray(log_probabilities, dtype=np.float64)
+    return np.asarray(np.exp(values.mean(axis=-1) if mode == "vqascore" else values[..., :-1].sum(axis=-1)))

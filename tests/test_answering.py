@@ -11,12 +11,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from hpc_mm.answering import Candidates, Features, FlamingoAnswers
+from hpc_mm.answering import Candidates, FlamingoAnswers
 from hpc_mm.benchmark import Decoding
 from hpc_mm.config import ConfigError, Flamingo, Language, Vision
 from hpc_mm.data.batch import normalised
 from hpc_mm.data.images import decode
 from hpc_mm.data.schema import Image, Sample, Text
+from hpc_mm.features import Features
 from hpc_mm.models.flamingo import FlamingoModel, build, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,7 +170,7 @@ def test_features_are_the_same_bits_whichever_images_are_encoded_together(
         return answers._encoded([answers._prompt(sample, 1) for sample in samples])
 
     for size in (1, 8):
-        monkeypatch.setattr("hpc_mm.answering.at_once", lambda device, size=size: size)
+        monkeypatch.setattr("hpc_mm.features.at_once", lambda device, size=size: size)
         whole = features(FlamingoAnswers(*llama, "cpu"), *asked)
         assert len(whole) == 13
         for keep_bytes in (0, 5000, 2**20):
@@ -183,7 +184,7 @@ def test_every_image_is_encoded_once(llama: tuple[FlamingoModel, object], monkey
     model, tokenizer = llama
     asked = [prompt(number, shots=3) for number in range(8)]  # 8 images of their own, and the five of the set
     for size, batches in ((1, [1] * 13), (8, [8, 8])):
-        monkeypatch.setattr("hpc_mm.answering.at_once", lambda device, size=size: size)
+        monkeypatch.setattr("hpc_mm.features.at_once", lambda device, size=size: size)
         answers, seen = FlamingoAnswers(model, tokenizer, "cpu", batch=4), []
         hook = model.vision.register_forward_hook(lambda _module, given, _found, seen=seen: seen.append(len(given[0])))
         answers.generate(asked, DECODING)

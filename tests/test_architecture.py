@@ -69,6 +69,7 @@ NO_TORCH = (
     *("data.pictures", "data.recode", "data.perceptual", "data.filters"),
     *("metrics", "ok_vqa", "benchmark", "demonstrations", "protocol", "predictions", "similarity", "trials", "scoring"),
     *("evaluate", "results", "compare", "watch", "gallery", "page"),
+    *("faithfulness", "judging", "score", "staged"),
     *("run_scores", "scheduled", "evaluations"),
     *("agreement", "faithfulness"),
 )

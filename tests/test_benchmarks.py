@@ -35,3 +35,8 @@ def test_metrics(java: None) -> None:
     assert found.count("times pycocoevalcap") == 4
     assert found.count("times open_flamingo") == 1
     assert found.count("times the definition") == 1
+
+
+def test_vqascore() -> None:
+    """Ends with an error where the scores of the two sides differ."""
+    assert "scores equal to" in output("benchmarks/vqascore.py", "size=tiny")

@@ -100,10 +100,19 @@ class ClipFlanT5Model(nn.Module):
         return self.language.lm_head(hidden[positions], labels[positions])  # type: ignore[no-any-return]
 
     def logits(
-        self, input_ids: Tensor, attention_mask: Tensor, features: Tensor, image_counts: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        features: Tensor,
+        image_counts: Tensor,
+        labels: Tensor,
+        length: int = 0,
     ) -> Tensor:
-        """Logits of every label, (B, L, vocabulary) in fp32; ``features`` (N, P, D) are what ``encode`` makes."""
-        return self.language.lm_head(self._decoded(input_ids, attention_mask, features, image_counts, labels))  # type: ignore[no-any-return]
+        """Logits of every label, (B, L, vocabulary) in fp32; ``features`` (N, P, D) are what ``encode`` makes.
+
+        ``length``: places of the encoder, images' too; 0 = as many as the longest row has.
+        """
+        return self.language.lm_head(self._decoded(input_ids, attention_mask, features, image_counts, labels, length))  # type: ignore[no-any-return]
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S) -> features (N, P, D); a black image's where N = 0."""
@@ -126,19 +135,25 @@ class ClipFlanT5Model(nn.Module):
         return found[:, 1:]  # type: ignore[no-any-return]
 
     def _read(
-        self, input_ids: Tensor, attention_mask: Tensor, features: Tensor, image_counts: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, features: Tensor, image_counts: Tensor, length: int = 0
     ) -> tuple[Tensor, Tensor]:
         """What the encoder makes of each row, (B, T', D), and its mask, (B, T') bool."""
         embedded = self.language.shared(input_ids.clamp(min=0))
-        inputs, mask = splice(embedded, input_ids, features, image_counts, attention_mask)
+        inputs, mask = splice(embedded, input_ids, features, image_counts, attention_mask, length)
         read = self.language.encoder(inputs_embeds=inputs, attention_mask=_seen(mask))
         return read.last_hidden_state, mask
 
     def _decoded(
-        self, input_ids: Tensor, attention_mask: Tensor, features: Tensor, image_counts: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        features: Tensor,
+        image_counts: Tensor,
+        labels: Tensor,
+        length: int = 0,
     ) -> Tensor:
         """What the head reads at every label, (B, L, D)."""
-        read, mask = self._read(input_ids, attention_mask, features, image_counts)
+        read, mask = self._read(input_ids, attention_mask, features, image_counts, length)
         before = nn.functional.pad(labels[:, :-1].clamp(min=self.pad_id), (1, 0), value=self.pad_id)
         hidden: Tensor = self.language.decoder(
             input_ids=before, encoder_hidden_states=read, encoder_attention_mask=_seen(mask), use_cache=False

@@ -29,27 +29,33 @@ def projector(width: int, out: int) -> nn.Sequential:
 
 
 def splice(
-    embedded: Tensor, input_ids: Tensor, features: Tensor, image_counts: Tensor, attention_mask: Tensor
+    embedded: Tensor,
+    input_ids: Tensor,
+    features: Tensor,
+    image_counts: Tensor,
+    attention_mask: Tensor,
+    length: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Rows of token embeddings (B, T, D), with an image's features (P, D) in the place of every IMAGE_PLACE.
 
     ``features`` (N, P, D) are the rows' images in order, ``image_counts`` (B,) of them per row; where none has any,
     they may be anything, and get a gradient of zero. Gives the inputs (B, L, D), zero where there is padding, which
-    stays on the right, and their mask (B, L) bool. L is the longest row, at least 1: reading it waits for the device.
+    stays on the right, and their mask (B, L) bool. L is ``length``; 0 = that of the longest
+    row, at least 1: reading it waits for the device.
     """
     is_image = (input_ids == IMAGE_PLACE) & attention_mask.bool()
     torch._assert_async((is_image.sum(dim=1) == image_counts).all(), "images must be as many as their places")
-    rows, length = input_ids.shape
+    rows, tokens = input_ids.shape
     patches, width = features.shape[1:]
     ends = torch.where(is_image, patches, attention_mask.long()).cumsum(dim=1)
-    places = torch.arange(max(1, int(ends.max())), device=ends.device).repeat(rows, 1)
-    token = torch.searchsorted(ends, places, right=True)  # that a place belongs to; length where it is padding
-    mask = token < length
-    token = token.clamp(max=length - 1) + length * torch.arange(rows, device=ends.device)[:, None]
+    places = torch.arange(length or max(1, int(ends.max())), device=ends.device).repeat(rows, 1)
+    token = torch.searchsorted(ends, places, right=True)  # that a place belongs to; ``tokens`` where it is padding
+    mask = token < tokens
+    token = token.clamp(max=tokens - 1) + tokens * torch.arange(rows, device=ends.device)[:, None]
     within = places - (ends.flatten()[token] - patches)  # of the image's features
     image = is_image.flatten().cumsum(dim=0)[token] - 1
-    of_image = rows * length + patches * image + within
+    of_image = rows * tokens + patches * image + within
     source = torch.where(is_image.flatten()[token], of_image, token)
-    nothing = rows * length + features.shape[0] * patches
+    nothing = rows * tokens + features.shape[0] * patches
     table = torch.cat([embedded.flatten(0, 1), features.flatten(0, 1), features.new_zeros(1, width)])
     return table[torch.where(mask, source, nothing)], mask

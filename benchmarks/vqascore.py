@@ -1,0 +1,115 @@
+"""VQAScore pairs per second beside a loop over pairs, each of which encodes its image again, on the same weights.
+
+    python benchmarks/vqascore.py [size=small|eighth|tiny]
+
+Four texts of 5 to 20 words per image. The loop is what t2v_metrics does since September 2024 (its score.py), with our
+modules: for each pair the image is decoded and encoded, the question is tokenised, and the model reads it alone. Both
+run in this process, in fp32, and must give the same scores; images are of the tower's size, so that reading them costs
+next to nothing.
+
+``small``: as many operations in the tower as with CLIP-FlanT5-XL, a sixth of a pair's, but matrices so small that a
+single pair keeps a CPU core as badly busy as XL's keeps a GPU. ``eighth``: an eighth of XL's widths and depths with all
+its 576 patches, of which a single pair keeps a core busy: there only what is not done twice counts.
+"""
+
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image as Picture
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpc_mm.config import ClipFlanT5, Language, Vision, parse_arguments, unknown
+from hpc_mm.data.batch import normalised
+from hpc_mm.data.images import decode
+from hpc_mm.models.clip_flant5 import build, load_tokenizer
+from hpc_mm.vqascore import VqaScorer
+
+WORDS = 2000
+TEXTS = 4  # of each image
+ROUNDS = 3  # of each side in turn, of which the fastest counts
+SIZES = {  # size: tower, T5, images
+    "tiny": ((16, 8, 2, 16), (16, 8, 32, 1, 2), 2),
+    "small": ((64, 16, 4, 160), (128, 32, 320, 3, 4), 64),
+    "eighth": ((336, 14, 4, 160), (256, 64, 640, 3, 4), 12),
+}
+
+
+def model_of(size: str) -> tuple[ClipFlanT5, int]:
+    (pixels, patch, layers, width), (d_model, d_kv, d_ff, depth, heads), images = SIZES[size]
+    tokenizer = Tokenizer(models.WordLevel({"<PAD>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, WORDS)}}, "w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    file = Path(tempfile.mkdtemp(prefix="hpc_mm-")) / "tokenizer.json"
+    tokenizer.save(str(file))
+    tower = {"image_size": pixels, "patch_size": patch, "layers": layers, "width": width, "head_width": width // 2}
+    t5 = {"model_type": "t5", "d_model": d_model, "d_kv": d_kv, "d_ff": d_ff, "num_layers": depth, "num_heads": heads}
+    t5 |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    language = Language(tokenizer=str(file), architecture=t5)
+    return ClipFlanT5(vision=Vision(architecture=tower, tokens="penultimate"), language=language), images
+
+
+def asked(count: int, pixels: int) -> tuple[list[bytes], list[str], list[tuple[int, int]]]:
+    """Images, texts, and each image's pairs with four texts of its own."""
+    draw, images = np.random.default_rng(0), []
+    for _ in range(count):
+        file = io.BytesIO()
+        coarse = Picture.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((pixels, pixels), Picture.Resampling.BICUBIC).save(file, "PNG")
+        images.append(file.getvalue())
+    lengths = draw.integers(5, 21, TEXTS * count)
+    texts = [" ".join(f"w{word}" for word in draw.integers(3, WORDS, length)) for length in lengths]
+    return images, texts, [(place // TEXTS, place) for place in range(TEXTS * count)]
+
+
+@torch.no_grad()
+def pair_by_pair(scorer: VqaScorer, image: bytes, text: str) -> float:
+    model, answer = scorer.model, scorer.answer[None]
+    pixels = normalised([decode(image, model.image_spec)], model.image_spec)
+    ids = torch.from_numpy(scorer.prompt(text, "text"))[None]
+    logits = model.logits(ids, torch.ones_like(ids), model.encode(pixels), torch.ones(1, dtype=torch.int64), answer)
+    return float(torch.exp(-torch.nn.functional.cross_entropy(logits[0], answer[0])))
+
+
+def tower_share(scorer: VqaScorer, image: bytes, text: str) -> float:
+    """Of the operations of a pair."""
+    with FlopCounterMode(display=False) as every:
+        pair_by_pair(scorer, image, text)
+    with FlopCounterMode(display=False) as tower, torch.no_grad():
+        scorer.model.encode(normalised([decode(image, scorer.model.image_spec)], scorer.model.image_spec))
+    return tower.get_total_flops() / every.get_total_flops()
+
+
+def main() -> None:
+    size = parse_arguments(sys.argv[1:]).get("size", "small")
+    if size not in SIZES:
+        sys.exit(str(unknown("size", size, SIZES)))
+    config, count = model_of(size)
+    tokenizer = load_tokenizer(config.language)
+    model = build(config, tokenizer, seed=0)
+    images, texts, pairs = asked(count, model.image_spec.size)
+    VqaScorer(model, tokenizer, "cpu").score(images[:1], texts[:2], [(0, 0), (0, 1)])  # whatever the first call does
+    ours = loop = float("inf")
+    for _ in range(ROUNDS):
+        scorer = VqaScorer(model, tokenizer, "cpu")
+        started = time.perf_counter()
+        found = scorer.score(images, texts, pairs)
+        ours = min(ours, time.perf_counter() - started)
+        started = time.perf_counter()
+        expected = np.array([pair_by_pair(scorer, images[image], texts[text]) for image, text in pairs])
+        loop = min(loop, time.perf_counter() - started)
+    apart = float(abs(found / expected - 1).max())
+    if apart > 1e-4:
+        sys.exit(f"scores differ by up to {apart:.1e} of their value")
+    share = tower_share(scorer, images[0], texts[0])
+    print(f"{size}: {len(images)} images with {TEXTS} texts each, tower {share:.0%} of a pair's operations")
+    print(f"  hpc_mm        {len(pairs) / ours:8.1f} pairs/s, {loop / ours:.1f} times; scores equal to {apart:.0e}")
+    print(f"  pair by pair  {len(pairs) / loop:8.1f} pairs/s")
+
+
+if __name__ == "__main__":
+    main()
