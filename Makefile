@@ -33,6 +33,8 @@ bench: .venv/all.stamp .venv-peers/peers.stamp
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/download.py
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/vqascore.py
 
 # What a shared cluster, a killed process and a failing store do, done on purpose: most of an hour on the cluster of make cluster.
 chaos: .venv/all.stamp

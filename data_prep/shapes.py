@@ -41,7 +41,7 @@ from hpc_mm.config import (
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import ShardInfo, ShardWriter, write_manifest
 from hpc_mm.data.store import StoreError, open_store
-from hpc_mm.data.templates import QUESTION, SYSTEM
+from hpc_mm.data.templates import QUESTION, Turn, t5_v1_question
 from hpc_mm.site import in_store, read_site
 
 PIXELS = 64
@@ -414,7 +414,8 @@ def make_corpus(options: Shapes) -> None:
     write_faithfulness(out, seed, options.heldout)
     open_store(in_store("shapes", out)).write("tokenizer.json", train_tokenizer(texts).to_str(pretty=True).encode())
     chats = write_corpus(out, "train-chats", (chat(seed, number) for number in range(options.chats)))
-    tokenizer = train_tokenizer([*chats, *[SYSTEM] * len(chats)])  # the system's words stand in every chat
+    template = t5_v1_question([Turn("user", "")])  # its words stand in every chat
+    tokenizer = train_tokenizer([*chats, *[template] * len(chats)])
     open_store(in_store("shapes", out)).write("chat-tokenizer.json", tokenizer.to_str(pretty=True).encode())
 
 

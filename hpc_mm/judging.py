@@ -24,6 +24,7 @@ from hpc_mm.checkpoint import LATEST
 from hpc_mm.config import ConfigError, Part, Positive, Run, Slurm
 from hpc_mm.data.parts import changes
 from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, open_store, whole, write_changed
+from hpc_mm.data.templates import QUESTION
 from hpc_mm.faithfulness_files import Item
 from hpc_mm.metrics import vqascore
 from hpc_mm.predictions import SIZE, Plan, Row, as_read, merged, parts_to_do, read_plan, save_plan, write_part
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 PLAN, SCORE, COLLECT = STAGES = ("plan", "score", "collect")
 SNAPSHOT = ("hpc_mm", "eval", "sbatch")  # what a job reads of the checkout
 FAMILY = "clip_flant5"  # the models that judge
-QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 ANSWER = "Yes"
 VERSION = 1  # of what is computed here from an answer's probabilities
 MODES: tuple[Literal["vqascore", "p_yes"], ...] = ("vqascore", "p_yes")

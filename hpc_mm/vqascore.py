@@ -15,9 +15,9 @@ from hpc_mm.answerer import Running, Weights, trained
 from hpc_mm.config import IMAGE_TOKEN, ConfigError
 from hpc_mm.data.batch import special_text, without_special
 from hpc_mm.data.chat import PAD, ended_ids, padded, spliced_ids
-from hpc_mm.data.templates import Turn, t5_v1_question
+from hpc_mm.data.templates import QUESTION, Turn, t5_v1_question
 from hpc_mm.features import Features, slices
-from hpc_mm.judging import ANSWER, QUESTION, Template
+from hpc_mm.judging import ANSWER, Template
 from hpc_mm.metrics import vqascore
 from hpc_mm.models.clip_flant5 import ClipFlanT5Model
 
