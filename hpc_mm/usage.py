@@ -72,6 +72,8 @@ def _walk(part: str, start: str, classes: dict[str, ast.ClassDef], aliases: dict
     for node in classes[part].body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
+        if ast.unparse(node.annotation) == "ClassVar":
+            continue
         key = start + node.target.id
         words = [name.id for name in ast.walk(node.annotation) if isinstance(name, ast.Name)]
         inner = [word for word in words if word in classes]  # several: families of models, which share some fields
