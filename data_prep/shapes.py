@@ -311,16 +311,13 @@ def wrong_color(scene: Scene, random: Random) -> Scene:
     return replace(scene, things=tuple(things))
 
 
-def wrong_relation(scene: Scene, random: Random) -> Scene | None:
-    """The scene with its two things elsewhere: in each other's places, or above instead of beside."""
-    if len(scene.things) != 2 or scene.things[0] == scene.things[1]:
-        return None
-    first, second = scene.things
-    return random.choice([replace(scene, things=(second, first)), replace(scene, vertical=not scene.vertical)])
+def wrong_relation(scene: Scene) -> Scene | None:
+    """The scene with its two things above each other instead of beside, or the other way round."""
+    return replace(scene, vertical=not scene.vertical) if len(scene.things) == 2 else None
 
 
 def wrong(scene: Scene, random: Random) -> Scene:
-    other = wrong_relation(scene, random) if random.random() < 0.6 else None
+    other = wrong_relation(scene) if random.random() < 0.5 else None
     return other or wrong_color(scene, random)
 
 
@@ -346,10 +343,11 @@ def write_faithfulness(out: str, seed: int, count: int) -> None:
     for number in range(count):
         random = Random(f"{seed}/faithfulness/{number}")
         scene, name = draw_scene(random, held_out=True), f"images/{number:06d}.png"
-        others = [wrong_color(scene, random), wrong_relation(scene, random)]
-        false = [other.caption for other in others if other is not None]
         store.write(name, render(scene, random))
-        lines.append(json.dumps({"id": f"{number:06d}", "image": name, "true": scene.caption, "false": false}) + "\n")
+        for kind, other in (("color", wrong_color(scene, random)), ("relation", wrong_relation(scene))):
+            if other is not None:
+                pair = {"image": name, "true": scene.caption, "false": [other.caption], "group": kind}
+                lines.append(json.dumps({"id": f"{number:06d}-{kind}", **pair}) + "\n")
     store.write("pairs.jsonl", "".join(lines).encode())
     Console().print(f"shapes/faithfulness: {count} images", highlight=False)
 

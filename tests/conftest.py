@@ -25,7 +25,7 @@ def shared_data() -> Path:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with a small shapes corpus."""
     store = tmp_path_factory.mktemp("store")
-    sizes = ["documents=60", "pairs=120", "questions=60", "demonstrations=20", "heldout=8"]
+    sizes = ["documents=60", "pairs=120", "questions=60", "chats=120", "demonstrations=20", "heldout=8"]
     subprocess.run([sys.executable, "data_prep/shapes.py", f"out={store}", "seed=0", *sizes], check=True, cwd=ROOT)
     return store
 

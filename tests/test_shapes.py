@@ -21,7 +21,8 @@ from hpc_mm.data.shards import read_samples
 from hpc_mm.data.store import open_store
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data_prep" / "shapes.py"
-SMALL = ("documents=60", "pairs=150", "questions=60", "demonstrations=40", "heldout=60")
+SMALL = ("documents=60", "pairs=150", "questions=60", "chats=60", "demonstrations=40", "heldout=60")
+COLORS = ("red", "green", "blue", "yellow", "purple")
 TRAINING = ("train-pairs", "train-documents", "train-questions")
 
 
@@ -70,6 +71,42 @@ def test_it_has_what_was_asked_for(corpus: Path) -> None:
     for document in documents:
         for part, following in zip(document.parts, [*document.parts[1:], None], strict=True):
             assert isinstance(part, Text) or isinstance(following, Text), "a picture stands before its sentence"
+
+
+def shown(text: str) -> str:
+    """The caption that a question of VQAScore quotes."""
+    return text.split('"')[1]
+
+
+def test_chats_ask_about_true_and_false_captions(corpus: Path) -> None:
+    chats = samples(corpus, "train-chats")
+    assert len(chats) == 60
+    answers = Counter()
+    for chat in chats:
+        picture, question, answer = chat.parts
+        assert isinstance(picture, Image) and [part.role for part in chat.parts] == ["user", "user", "assistant"]
+        assert isinstance(question, Text) and isinstance(answer, Text)
+        if '"' not in question.text:
+            continue
+        answers[answer.text] += 1
+        words = re.findall("[a-z]+", shown(question.text))
+        things = chat.metadata["scene"]["things"]
+        colors = {thing["color"] for thing in things}
+        told = colors == {word for word in words if word in COLORS}
+        above = "above" in words or "below" in words
+        assert (answer.text == "Yes") == (told and (len(things) != 2 or above == chat.metadata["scene"]["vertical"]))
+    assert min(answers["Yes"], answers["No"]) > 12
+
+
+def test_faithfulness_has_a_false_caption_of_each_kind(corpus: Path) -> None:
+    lines = [json.loads(line) for line in (corpus / "faithfulness" / "pairs.jsonl").read_text().splitlines()]
+    assert Counter(line["group"] for line in lines)["color"] == 60
+    for line in lines:
+        (false,) = line["false"]
+        changed = [(one, two) for one, two in zip(line["true"].split(), false.split(), strict=False) if one != two]
+        assert len(changed) == 1 if line["group"] == "color" else "above" in line["true"] + false
+        with Picture.open(corpus / "faithfulness" / line["image"]) as picture:
+            assert picture.size == (64, 64)
 
 
 def test_no_held_out_scene_is_trained_on_or_demonstrated(corpus: Path) -> None:
