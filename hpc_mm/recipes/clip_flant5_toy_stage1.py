@@ -19,7 +19,7 @@ def clip_flant5_toy_stage1() -> Run:
                     "d_kv": 32,
                     "d_ff": 384,
                     "num_layers": 3,
-                    "num_decoder_layers": 2,
+                    "num_decoder_layers": 1,
                     "num_heads": 4,
                     "feed_forward_proj": "gated-gelu",
                     "tie_word_embeddings": False,

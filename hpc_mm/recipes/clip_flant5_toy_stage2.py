@@ -20,7 +20,7 @@ def clip_flant5_toy_stage2() -> Run:
                     "d_kv": 32,
                     "d_ff": 384,
                     "num_layers": 3,
-                    "num_decoder_layers": 2,
+                    "num_decoder_layers": 1,
                     "num_heads": 4,
                     "feed_forward_proj": "gated-gelu",
                     "tie_word_embeddings": False,
@@ -40,7 +40,7 @@ def clip_flant5_toy_stage2() -> Run:
             )
         },
         train=Train(
-            steps=1500,
+            steps=900,
             learning_rate=1e-3,
             schedule="cosine",
             warmup=50,
