@@ -26,7 +26,7 @@ from safetensors.numpy import load, save
 
 from hpc_mm.config import ConfigError, ImageSpec, Part, unknown
 from hpc_mm.data.pictures import UnreadableImage
-from hpc_mm.data.shards import INDEX, ShardReader
+from hpc_mm.data.shards import ShardReader, version
 from hpc_mm.data.store import MissingKey, Store, StoreError, whole
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ READS = 16  # images, or files of features, read at once
 LOCAL = "local-dir:"
 LOCAL_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
-DIGESTED = re.compile(r"-[0-9a-f]{16}\.tar")  # ends the name of a shard that never has other bytes
 TOLD = 3  # shards named in an error
 
 Place = tuple[str, int]
@@ -106,8 +105,7 @@ def file_digest(file: Path) -> str:
 
 def key_of(store: Store, shard: str, encoder: Encoder) -> str:
     """Where a shard's features lie. MissingKey where its index is to say and is not there."""
-    version = "" if DIGESTED.search(shard) else f".{hashlib.sha256(store.read(shard + INDEX)).hexdigest()[:16]}"
-    return f"{FOLDER}/{encoder.name}/{shard}{version}.safetensors"
+    return f"{FOLDER}/{encoder.name}/{version(store, shard)}.safetensors"
 
 
 # ---------------------------------------------------------------- computing

@@ -40,6 +40,7 @@ BLOCK = 512  # bytes; a tar's unit
 DIGITS = 16  # of a tar's SHA-256 in its name, where several write into a folder
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "avif")
 CAPTION_SUFFIXES = ("txt", "caption")
+DIGESTED = re.compile(r"-[0-9a-f]{16}\.tar")  # ends the name of a shard that never has other bytes
 
 
 class BrokenShard(Exception):
@@ -152,6 +153,16 @@ def consistent(index: ShardIndex) -> bool:
     known = (index.suffix >= 0) & (index.suffix < len(index.suffixes))
     apart = (index.start >= ends[:-1]) & (index.size >= 0) & (index.size <= index.tar_bytes)
     return bool((np.diff(index.first) > 0).all() and known.all() and apart.all() and ends[-1] <= index.tar_bytes)
+
+
+def version(store: Store, shard: str) -> str:
+    """The name of a shard with what tells it from others of that name: the digest of its bytes or of its index.
+
+    So what was computed of another shard is never taken for this one's. MissingKey where there is no index to ask.
+    """
+    if DIGESTED.search(shard):
+        return shard
+    return f"{shard}.{hashlib.sha256(store.read(shard + INDEX)).hexdigest()[:DIGITS]}"
 
 
 # ---------------------------------------------------------------- the manifest
