@@ -215,9 +215,8 @@ def facts_of(
                 keeps = keeps and keep_facts(store, shard, rows)
             yield from ((shard.name, sample, row) for sample, row in enumerate(rows))
     if problems:
-        logger.warning(
-            "facts of %d of %d shards were read from their samples again: %s", len(problems), len(shards), problems[0]
-        )
+        count, first = len(problems), problems[0]
+        logger.warning("questions of %d of %d shards were read from every sample again: %s", count, len(shards), first)
 
 
 def kept_facts(store: Store, problems: list[str], shard: ShardInfo) -> list[Facts] | None:
