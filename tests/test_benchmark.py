@@ -139,7 +139,7 @@ def test_facts_of_no_use_cost_time_alone(tmp_path: Path, kept: bytes | None, cap
             file.write_bytes(kept)
     assert read_questions(address, "test", CAPTIONS) == first
     (line,) = caplog.messages
-    assert line.startswith(f"questions of 2 of 2 shards were read from every sample again: ") and files[0].name in line
+    assert line.startswith("questions of 2 of 2 shards were read from every sample again: ") and files[0].name in line
     assert read_questions(address, "test", CAPTIONS) == first and len(caplog.messages) == 1
 
 
