@@ -83,13 +83,14 @@ def room_of_cores() -> list[dict[str, str]]:
     return [{}] * len(os.sched_getaffinity(0))
 
 
-def room_of_models(gpus: Sequence[str]) -> list[dict[str, str]]:
-    """A model on every GPU. Without any, one that has all cores, or as many as have OMP_NUM_THREADS each.
+def room_of_models(gpus: Sequence[str] | None) -> list[dict[str, str]]:
+    """A model on every GPU, or one where none is seen: torch may see what we do not, and decides.
 
-    Threads are not divided among tasks: they divide the sums of a matrix product, and so decide how it is rounded.
+    ``gpus=None``: on CPUs, one that has all cores, or as many as have OMP_NUM_THREADS each. Threads are not divided
+    among tasks: they divide the sums of a matrix product, and so decide how it is rounded.
     """
-    if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
+    if gpus is not None:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     at_once = len(os.sched_getaffinity(0)) // int(threads) if threads.isdecimal() and int(threads) else 1
     return [{}] * max(at_once, 1)

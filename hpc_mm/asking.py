@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hpc_mm.answerer import Answerer
 from hpc_mm.benchmark import Benchmark, Question, read_image
 from hpc_mm.config import ConfigError
-from hpc_mm.data.schema import Sample, Text
+from hpc_mm.data.schema import Sample
 from hpc_mm.data.shards import BrokenShard, ShardReader
 from hpc_mm.data.store import open_store
 from hpc_mm.demonstrations import QuerySet, Similar, prompt, shown
@@ -97,14 +97,15 @@ class Prompts:
     def longest(self, todo: Sequence[tuple[Trial, int]]) -> list[Sample]:
         """Of the prompts with most demonstrations those with most characters, without their images."""
         most = max(shown(trial.shots) for trial, _ in todo)
-        texts = (
-            prompt(question, others, self.benchmark, trial.shots)
+        every = (
+            (question, others, trial.shots)
             for trial, part in todo
             if shown(trial.shots) == most
             for asked in [part_of(self.planned, trial, part)]
             for question, others in zip(asked, self.demonstrations(trial, asked), strict=True)
         )
-        return heapq.nlargest(LONGEST, texts, key=characters)
+        found = heapq.nlargest(LONGEST, every, key=lambda one: characters(*one[:2]))
+        return [prompt(question, others, self.benchmark, shots) for question, others, shots in found]
 
     def demonstrations(self, trial: Trial, asked: Sequence[Question]) -> list[list[Question]]:
         """Of each question, the same whatever else is asked."""
@@ -127,8 +128,9 @@ class Prompts:
         return self.similar.nearest(self.asked, max(self.planned.choice.shots), self.store, self.encoder)
 
 
-def characters(prompt: Sample) -> int:
-    return sum(len(part.text) for part in prompt.parts if isinstance(part, Text))
+def characters(question: Question, demonstrations: Sequence[Question]) -> int:
+    """Of a prompt, without its template, which all have: to build it takes far longer than to compare it."""
+    return len(question.text) + sum(len(other.text) + len(other.references[0]) for other in demonstrations)
 
 
 def part_of(planned: Planned, trial: Trial, part: int) -> list[Question]:

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 from pydantic_core import from_json
 
 from hpc_mm.config import ENDOFCHUNK_TOKEN, IMAGE_TOKEN, ConfigError, Part, Positive
-from hpc_mm.data.shards import IMAGE_SUFFIXES, BrokenShard, ShardInfo, ShardReader, Shards, read_manifest
+from hpc_mm.data.shards import DIGESTED, IMAGE_SUFFIXES, BrokenShard, ShardInfo, ShardReader, Shards, read_manifest
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["caption", "vqa", "classes"]
 FIELDS = {"caption": "captions", "vqa": "questions", "classes": "label"}  # of a sample's metadata, by kind
-SHARD = re.compile(r"(?P<split>.+)-\d{6,}(?P<digest>-[0-9a-f]{16})?\.tar")
+SHARD = re.compile(r"(?P<split>.+)-\d{6,}(-[0-9a-f]{16})?\.tar")
 FACTS = "facts"  # folder of the store
 BLANKS = re.compile(r"\{(question|answer)\}")
 READS = 16  # samples, or files of facts, read at once
@@ -193,41 +193,49 @@ def shards_of(shards: Shards, split: str, address: str) -> list[ShardInfo]:
     return [shard for match, shard in named if match and match["split"] == split]
 
 
-Facts = tuple[str, Mapping[str, Any], bool]
+Facts = tuple[str, dict[str, Any], bool]
 """Id and metadata of a sample, and whether it has an image."""
+KEPT = TypeAdapter(list[Facts])
 
 
 def facts_of(
     store: Store, shards: Sequence[ShardInfo], threads: ThreadPoolExecutor
 ) -> Iterator[tuple[str, int, Facts]]:
     """Shard, number and facts of all samples in order. What a shard holds is read once and kept, if its name has the
-    digest of its bytes: one read of ``facts/SHARD.json`` in place of one for each sample.
+    digest of its bytes (two that differ may have the same index): one read of ``facts/SHARD.json`` in place of one for
+    each sample. What was kept and cannot be used is read from the samples, and kept, again.
     """
-    reader, keeps = ShardReader(store), True
+    reader, keeps, problems = ShardReader(store), True, list[str]()
     for start in range(0, len(shards), READS):
         some = shards[start : start + READS]
-        for shard, kept in zip(some, threads.map(partial(kept_facts, store), some), strict=True):
+        for shard, kept in zip(some, threads.map(partial(kept_facts, store, problems), some), strict=True):
             rows = kept
             if rows is None:
                 rows = list(threads.map(partial(read_facts, reader, shard.name), range(shard.samples)))
                 keeps = keeps and keep_facts(store, shard, rows)
             yield from ((shard.name, sample, row) for sample, row in enumerate(rows))
+    if problems:
+        count, first = len(problems), problems[0]
+        logger.warning("questions of %d of %d shards were read from every sample again: %s", count, len(shards), first)
 
 
-def kept_facts(store: Store, shard: ShardInfo) -> list[Facts] | None:
-    """What was kept of a shard that is there; None where nothing was. ConfigError where it is damaged."""
+def kept_facts(store: Store, problems: list[str], shard: ShardInfo) -> list[Facts] | None:
+    """What was kept of a shard that is there; None where nothing was, or nothing of use, which joins ``problems``."""
     key = key_of(shard)
     if not key or store.size(shard.name) != shard.bytes:
         return None
     try:
-        rows = [(name, facts, is_there) for name, facts, is_there in from_json(store.read(key))]
+        rows = KEPT.validate_json(store.read(key), strict=True)
+        if len(rows) == shard.samples:
+            return rows
+        problems.append(f"{store.address}/{key} is of {len(rows)} samples, not {shard.samples}")
     except MissingKey:
-        return None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{store.address}/{key} is damaged ({error}): remove it") from None
-    if len(rows) != shard.samples:
-        raise ConfigError(f"{store.address}/{key} is of {len(rows)} samples, not {shard.samples}: remove it")
-    return rows
+        pass
+    except ValueError:
+        problems.append(f"{store.address}/{key} is damaged")
+    except (ConfigError, StoreError) as error:
+        problems.append(str(error))
+    return None
 
 
 def keep_facts(store: Store, shard: ShardInfo, rows: Sequence[Facts]) -> bool:
@@ -244,8 +252,7 @@ def keep_facts(store: Store, shard: ShardInfo, rows: Sequence[Facts]) -> bool:
 
 def key_of(shard: ShardInfo) -> str:
     """Where a shard's facts lie; empty where its name may stand for other bytes another time."""
-    match = SHARD.fullmatch(shard.name)
-    return f"{FACTS}/{shard.name}.json" if match and match["digest"] else ""
+    return f"{FACTS}/{shard.name}.json" if DIGESTED.search(shard.name) else ""
 
 
 def read_facts(reader: ShardReader, shard: str, sample: int) -> Facts:

@@ -125,8 +125,8 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None, **values:
 
             planned = trials.read(options.out, options.choice)
             return watch(planned, asked, options.rules, jobs_of(options, asked, planned))
-        if weights and options.plans and options.cluster != "print":
-            plan(options, asked, weights)
+        if options.plans and options.cluster != "print":
+            plan(options, asked)
         return run(options, asked, words) if options.stage != PLAN else 0
     except (ConfigError, StoreError, MissingKey, StoreDown, OSError) as error:  # OSError: of disks
         print(str(error) or repr(error), file=sys.stderr)
@@ -153,10 +153,10 @@ def options_of(benchmark: Benchmark, words: Sequence[str], values: Mapping[str, 
 
 
 def found(options: Evaluation) -> answerer.Weights | None:
-    """The weights where they are to be looked for, verified by those who plan."""
+    """The weights where they are to be looked for, by sizes alone: the same ones for every stage."""
     if not options.plans and options.out:
         return None
-    return answerer.find(options.checkpoint, options.step, digests=options.plans)
+    return answerer.find(options.checkpoint, options.step, digests=False)
 
 
 def located(options: Evaluation, benchmark: Benchmark, step: str) -> Evaluation:
@@ -171,7 +171,7 @@ def located(options: Evaluation, benchmark: Benchmark, step: str) -> Evaluation:
 # ---------------------------------------------------------------- the stages
 
 
-def plan(options: Evaluation, benchmark: Benchmark, weights: answerer.Weights) -> Planned:
+def plan(options: Evaluation, benchmark: Benchmark) -> Planned:
     """Fix the work list. All that a user may have got wrong is told here, before anything is queued, but for prompts
     that are too long for the model: they take its tokenizer, and each task looks at the longest before it begins."""
     metric_of(benchmark.metric)
@@ -184,6 +184,7 @@ def plan(options: Evaluation, benchmark: Benchmark, weights: answerer.Weights) -
     trials.check(benchmark, planned, shown)
     if OPENFLAMINGO.name in options.rules:
         results.check_tools(benchmark)
+    weights = answerer.find(options.checkpoint, options.step)  # every byte is read, when all else is right
     trials.save(planned, shown, benchmark, work_of(options, weights), options.part)
     parts = sum(plan.parts for plan in planned.plans.values())
     print(
@@ -278,25 +279,27 @@ def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
     from hpc_mm.arrays import Stage, Work, queue, room_of_models, run_tasks, wants_slurm
     from hpc_mm.local import visible_gpus
 
-    again = script_words(words, options)
     if options.task is None and wants_slurm(options.cluster):
         stages = [
             Stage(stage, options.tasks, options.gpus) if stage in SHARED else Stage(stage) for stage in options.stages
         ]
         places = [options.checkpoint, options.data, options.out]
         name = job_name(options, benchmark, options.step)
-        work = Work(name, f"eval-{name}", stages, STAGES[1:], again, places, SNAPSHOT, options.slurm)
-        queue(work, options.cluster)
+        again = script_words(words, options)
+        queue(Work(name, f"eval-{name}", stages, STAGES[1:], again, places, SNAPSHOT, options.slurm), options.cluster)
         return 0
     if LAUNCHER in os.environ:
         die_with_parent(signal.SIGTERM)  # else work whose launcher was killed would go on beside the next one
     for stage in options.stages:
         if stage in SHARED and options.tasks > 1 and options.task is None:
-            rooms = room_of_models(visible_gpus() if options.gpus else [])
-            code = run_tasks([sys.executable, *again], stage, options.tasks, rooms)
-            if code:
-                return code
-            continue
+            rooms = room_of_models(visible_gpus() if options.gpus else None)
+            at_once = min(options.tasks, len(rooms))  # a task loads the model once, and takes its share of all
+            if at_once > 1:
+                again = script_words(words, options.model_copy(update={"tasks": at_once}))
+                code = run_tasks([sys.executable, *again], stage, at_once, rooms)
+                if code:
+                    return code
+                continue
         with ended_in_order():
             run_stage(stage, options, benchmark)
     return 0
@@ -318,11 +321,11 @@ def jobs_of(options: Evaluation, benchmark: Benchmark, planned: Planned) -> list
 
 
 def script_words(words: Sequence[str], options: Evaluation, script: str = "") -> list[str]:
-    """This command again, for one stage and task of it; addresses and step as they were found.
+    """This command again, for one stage and task of it; addresses, step and tasks as they were found.
 
     ``script``: its file in eval/, where it is not this process's.
     """
-    found = ("checkpoint", "step", "data", "out")
+    found = ("checkpoint", "step", "data", "out", "tasks")
     gone = {*found, "stage", "task", "cluster", "watch"}
     places = {f"rices.{key}": f"rices.{key}={getattr(options.rices, key)}" for key in ("model", "pretrained")}
     keys = {word: word.partition("=")[0] for word in words}

@@ -34,6 +34,7 @@ OF_TRAINING = re.compile(
     r"(OMP|PET|TORCHELASTIC|ACCELERATE|DS)_|(CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL)$"
 )
 
+PROBLEMS = (chain.Refused, OSError, ValueError, subprocess.SubprocessError)  # of evaluation, not of training
 Tell = Callable[[str], None]
 
 
@@ -63,7 +64,7 @@ class Plan:
         return [name for name in asked if not self.has_results(name, step)]
 
     def has_results(self, name: str, step: int) -> bool:
-        return (place_of(self.run_folder, name, step) / RESULTS).exists()
+        return os.path.exists(place_of(self.run_folder, name, step) / RESULTS)  # Path.exists raises on a stale handle
 
     def due(self) -> list[tuple[str, int]]:
         """Benchmark and step of what has no results, for every whole checkpoint that is there, oldest first."""
@@ -94,6 +95,23 @@ class Evaluations:
         self.plan, self.tell = read_plan(run_folder, submission), tell
         self.code = submission / "code"
         self.begun: set[tuple[str, int]] = set()
+        self.told: set[str] = set()  # problems
+
+    def update(self) -> bool:
+        """Begin what is due, tell of what has failed; whether a process is under way.
+
+        A problem is a line of the log, once, and no more.
+        """
+        try:
+            return self.advance()
+        except PROBLEMS as problem:
+            if str(problem) not in self.told:
+                self.told.add(str(problem))
+                self.tell(f"evaluations: {problem}")
+            return False
+
+    def advance(self) -> bool:
+        raise NotImplementedError
 
     def next(self) -> tuple[str, int] | None:
         """What is begun now, if anything is due."""
@@ -119,18 +137,19 @@ class Jobs(Evaluations):
         self.under_way: dict[tuple[str, int], bool] = {}  # without results: whether the last look found no job of it
         self.looked: float = -LOOK  # when, in seconds of the monotonic clock
 
-    def update(self) -> None:
-        """Submit what is due, and tell of what has failed. A problem is a line of the log and no more."""
+    def advance(self) -> bool:
+        """Submit all that is due, and look for what has failed."""
         while (found := self.next()) is not None:
             name, step = found
             try:
                 self.submit(name, step)
-            except (chain.Refused, OSError) as problem:
+            except PROBLEMS as problem:
                 self.tell(f"step {step} is not evaluated by {name}: {problem}")
             else:
                 self.under_way[found] = False
         if self.under_way and time.monotonic() - self.looked >= LOOK:
             self.look()
+        return False
 
     def look(self) -> None:
         """Tell of each evaluation that has neither jobs nor results any more.
@@ -174,10 +193,10 @@ class Jobs(Evaluations):
 def queued() -> list[str] | None:
     """Names of this user's jobs in the queue; None where Slurm does not say."""
     try:
-        answer = subprocess.run(["squeue", "--me", "--noheader", "-o", "%j"], capture_output=True, encoding="utf-8")
-    except FileNotFoundError:
+        answer = subprocess.run(["squeue", "--me", "--noheader", "-o", "%j"], capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return None if answer.returncode else answer.stdout.split("\n")
+    return None if answer.returncode else answer.stdout.decode(errors="replace").split("\n")
 
 
 def environment() -> dict[str, str]:
@@ -197,8 +216,8 @@ class Processes(Evaluations):
         self.said = ""  # of the process: what it evaluates
         self.log = Path()
 
-    def update(self) -> bool:
-        """Begin the next one when the one before it has ended; whether one is under way."""
+    def advance(self) -> bool:
+        """Begin the next one when the one before it has ended."""
         if self.process is not None:
             code = self.process.poll()
             if code is None:
@@ -211,7 +230,7 @@ class Processes(Evaluations):
         if found is not None:
             try:
                 self.begin(*found)
-            except OSError as problem:
+            except PROBLEMS as problem:
                 self.tell(f"{self.said} could not begin: {problem}")
         return found is not None
 

@@ -25,7 +25,7 @@ RESULTS = evaluations.RESULTS
 Record = dict[str, Any]
 
 
-class OfTrial(Part):
+class OfTrial(Part, extra="allow"):  # a later version's keys are kept, here and below
     """A trial's score times 100, and the ends of its 95 % interval, of which a single question has none."""
 
     seed: int | None  # none = similar demonstrations
@@ -35,7 +35,7 @@ class OfTrial(Part):
     high: float | None
 
 
-class Result(Part):
+class Result(Part, extra="allow"):
     """The score of one protocol: the mean of its trials."""
 
     shots: int
@@ -51,7 +51,7 @@ class Result(Part):
     values: dict[str, Any]  # of the protocol
 
 
-class Results(Part):
+class Results(Part, extra="allow"):
     """results.json."""
 
     benchmark: str
@@ -138,10 +138,11 @@ def finite(value: float) -> float | None:
 
 def save(store: Store, benchmark: Benchmark, origin: Origin, entries: list[Record]) -> None:
     new = {entry["protocol"] for entry in entries}
-    kept = [entry for entry in read(store)["scores"] if entry["protocol"] not in new] if is_there(store) else []
+    before = read(store) if is_there(store) else {"scores": []}
+    kept = [entry for entry in before["scores"] if entry["protocol"] not in new]
     scored = sorted(kept + entries, key=lambda entry: (entry["rules"], entry["shots"], entry["protocol"]))
-    values = {"benchmark": benchmark.name, **origin.__dict__, "questions": len_of(scored), "scores": scored}
-    write_changed(store, RESULTS, json.dumps(checked(values), indent=1).encode())
+    about = {"benchmark": benchmark.name, **origin.__dict__, "questions": len_of(scored)}
+    write_changed(store, RESULTS, json.dumps(checked({**before, **about, "scores": scored}), indent=1).encode())
 
 
 def len_of(scored: Sequence[Record]) -> int:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpc_mm import checkpoint, slurm
 from hpc_mm.arrays import Stage, Work, check_time, scripts
@@ -107,17 +108,19 @@ def check_jobs(run: Run, submission: Submission) -> None:
 def texts(run: Run, submission: Submission) -> dict[str, str]:
     """``evaluate.json`` of a submission.
 
-    A benchmark that the run's submission before this one did not evaluate is evaluated from the newest checkpoint on:
-    earlier ones, however many are kept, were written when nobody had asked for their scores.
+    A benchmark that no submission of the run has evaluated before is evaluated from the newest checkpoint on: earlier
+    ones, however many are kept, were written when nobody had asked for their scores.
     """
-    before = read_plan(submission.run_folder, Submission(submission.run_folder, submission.number - 1).folder)
+    before: dict[str, Any] = {}
+    for number in range(1, submission.number):
+        before |= read_plan(submission.run_folder, Submission(submission.run_folder, number).folder).benchmarks
     newest = max(map(checkpoint.step_of, checkpoint.finished(submission.run_folder)), default=0)
     benchmarks = {}
     for one in scheduled(run, submission.run_folder):
         work = one.work(run, submission.run_folder)
         benchmarks[one.name] = {
             "name": work.name,
-            "since": before.benchmarks.get(one.name, {}).get("since", newest),
+            "since": before.get(one.name, {}).get("since", newest),
             "command": [sys.executable, "-u", *one.words],
             "stages": {stage.name: scripts(work, stage, submission) for stage in work.stages},
         }

@@ -21,7 +21,7 @@ from hpc_mm.predictions import Plan, as_read, read_plan, save_plan
 from hpc_mm.protocol import RICES, Demonstrations, Protocol, Questions, Scoring, digest_of, protocol_of
 from hpc_mm.rules import OPENFLAMINGO, VERSION
 
-QUESTIONS, POOL, FACTS = "questions.jsonl", "pool.jsonl", "pool.json"
+QUESTIONS, POOL, POOL_FACTS = "questions.jsonl", "pool.jsonl", "pool.json"
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def save(
 ) -> Planned:
     """Keep what is planned, with plans of parts of ``size``. ConfigError where the address holds another plan."""
     store = open_store(planned.address, make=True)
-    keep(store, FACTS, planned.pool.model_dump_json().encode())
+    keep(store, POOL_FACTS, planned.pool.model_dump_json().encode())
     for name, questions in {QUESTIONS: planned.questions, **shown}.items():
         keep(store, name, "".join(line(question) for question in questions).encode())
     for trial in planned.choice.trials:
@@ -249,15 +249,17 @@ def read(address: str, choice: Choice) -> Planned:
 
 
 def not_planned(address: str, missing: Exception) -> ConfigError:
-    return ConfigError(f"{address}: not all is planned there ({missing}); stage=plan comes first")
+    return ConfigError(
+        f"{address}: not all is planned there ({missing}); stage=plan comes first, or give the step= that was planned"
+    )
 
 
 def read_pool(store: Store) -> Pool:
     try:
-        return Pool.model_validate_json(store.read(FACTS))
+        return Pool.model_validate_json(store.read(POOL_FACTS))
     except ValidationError as error:
         reason = one_line(error, Pool)
-        raise ConfigError(f"{store.address}/{FACTS} is damaged ({reason}): remove it and plan again") from None
+        raise ConfigError(f"{store.address}/{POOL_FACTS} is damaged ({reason}): remove it and plan again") from None
 
 
 def line(question: Question) -> str:

@@ -15,7 +15,7 @@ import questions
 import samples
 import small_run
 
-from hpc_mm import benchmark, checkpoint, evaluate, metrics, trials
+from hpc_mm import arrays, benchmark, checkpoint, evaluate, metrics, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError
 from hpc_mm.predictions import NAME
@@ -133,7 +133,14 @@ def test_processes_here_share_the_work(
 ) -> None:
     """A script of eval/ in processes of its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = [f"checkpoint={run_folder}", f"data={data['vqav2']}", "split=test", "decoding.max_new_tokens=4", *WORDS]
+    words = [
+        f"checkpoint={run_folder}",
+        f"data={data['vqav2']}",
+        "split=test",
+        "decoding.max_new_tokens=4",
+        *WORDS,
+        "gpus=0",
+    ]
     script = Path(evaluate.__file__).parents[1] / "eval" / "vqav2.py"
     done = script_run(script, *words, "tasks=2", f"out={tmp_path}/script")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,6 +148,21 @@ def test_processes_here_share_the_work(
     assert answered(tmp_path / "script") == answered(tmp_path / "here")
     assert results(tmp_path / "script")["scores"] == results(tmp_path / "here")["scores"]
     assert "95 % interval" in done.stdout and "vqav2-test-22@" in done.stdout
+
+
+def test_a_model_is_loaded_once_for_each_there_is_room_for(
+    run_folder: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ``tasks`` is."""
+    monkeypatch.setattr(arrays, "run_tasks", lambda *words: started.append(words) or 0)
+    for visible, tasks, expected in (("", 8, []), ("3", 8, []), ("0,1", 8, [2]), ("0,1,2", 2, [2]), ("0,1", 1, [])):
+        started: list[Any] = []
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setattr(evaluate, "run_stage", lambda stage, *_: None)
+        assert run(VQA, run_folder, data, tmp_path / "out", f"tasks={tasks}") == 0
+        assert [count for _, _, count, _ in started] == expected
+        assert all(words.count(f"tasks={count}") == 1 for words, _, count, _ in started)
+        assert all(len([word for word in words if word.startswith("tasks=")]) == 1 for words, *_ in started)
 
 
 def script_run(script: Path, *words: str) -> Any:
@@ -448,6 +470,11 @@ def test_a_checkpoint_that_vanishes_or_rots(
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert run(VQA, folder, data, tmp_path / "out", "step=7") == 2
     assert "is damaged" in capsys.readouterr().err
+    assert run(VQA, folder, data, tmp_path / "out", "stage=plan") == 2, "every stage takes the same checkpoint"
+    assert "step-00000007 is damaged" in capsys.readouterr().err
+    for mistake, said in (("split=vall", "no split 'vall'"), ("shots=50", "too few"), ("samples=50", "there are 22")):
+        assert run(VQA, folder, data, tmp_path / "out", mistake) == 2
+        assert said in capsys.readouterr().err, "no byte of the weights was read for that"
     shutil.rmtree(file.parent)
     assert run(VQA, folder, data, tmp_path / "out", "stage=answer") == 2
     assert "known: latest" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Evaluations while a run trains: what a launch refuses, what is begun when and in which environment, a whole run."""
 
+import errno
 import json
 import os
 import random
@@ -157,9 +158,10 @@ def test_old_checkpoints_are_not_evaluated_but_the_newest_is(here: Path) -> None
         *(("coco", 16), ("coco", 20)),
         *(("coco", 24), ("vqav2", 24)),
     ]
+    both = due(written(here, coco=words, vqav2=words))
     written(here, vqav2=words)
     saved(run_folder, 28)
-    assert due(written(here, coco=words, vqav2=words)) == [("vqav2", 24), ("coco", 28), ("vqav2", 28)]
+    assert due(written(here, coco=words, vqav2=words)) == [*both, ("coco", 28), ("vqav2", 28)], "coco was paused"
 
 
 # ---------------------------------------------------------------- jobs
@@ -223,6 +225,32 @@ def test_a_refused_evaluation_is_a_line_and_no_more(here: Path) -> None:
     jobs.update()
     assert [line.partition(": ")[0] for line in said] == [f"step {step} is not evaluated by coco" for step in (4, 6)]
     assert said[0].endswith("Access/permission denied")
+
+
+def test_no_problem_of_evaluation_is_one_of_training(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submission, said = written(here, coco="data=/benchmarks/coco"), list[str]()
+    jobs = evaluations.Jobs(submission.run_folder, submission.folder, said.append)
+    monkeypatch.setattr(evaluations, "LOOK", 0)
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as away:
+        away.setattr(Path, "glob", stale)
+        for _ in range(3):
+            jobs.update()
+    assert said == [f"evaluations: [Errno {errno.ESTALE}] Stale file handle"]
+    saved(submission.run_folder, 4)
+    (here / "queue").write_bytes(b"caf\xe9\ntoy-coco-step-40-answer\n")  # names of jobs are not always UTF-8
+    for _ in range(3):
+        jobs.update()
+    assert len(said) == 3 and "is evaluated by coco" in said[1] and "ended without results" in said[2]
+    saved(submission.run_folder, 6)
+    (here / "bin" / "sbatch").write_bytes(b"\x7fELF")  # cannot be executed
+    (here / "bin" / "squeue").write_bytes(b"\x7fELF")
+    for _ in range(3):
+        jobs.update()
+    assert len(said) == 4 and said[3].startswith("step 6 is not evaluated by coco: ")
 
 
 def test_an_evaluation_that_ended_without_results_is_told_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,20 @@ def test_one_reader_gives_what_one_writer_wrote(run_folder: Path, data: dict[str
     assert results.read(open_store(str(one.parent))) == json.loads(text)
 
 
+def test_what_a_later_version_adds_is_read_and_kept(run_folder: Path, data: dict[str, str]) -> None:
+    file = run_folder / "eval" / "toy" / "step-9" / "results.json"
+    values = json.loads(file.read_text())
+    later = [values, values["scores"][0], values["scores"][0]["trials"][0]]
+    for number, part in enumerate(later):
+        part[f"new {number}"] = {"a": number}
+    file.write_text(json.dumps(values))
+    assert scores_of(run_folder)
+    evaluate(run_folder, TOY, 9, data["toy"], SAID, shots=(4,))
+    again = json.loads(file.read_text())
+    assert again["new 0"] == {"a": 0} and len(again["scores"]) == len(values["scores"]) + 1
+    assert values["scores"][0] in again["scores"]
+
+
 def test_wandb_keeps_random_and_similar_demonstrations_apart(tmp_path: Path) -> None:
     """In a process of its own: wandb starts a service that outlives a test."""
     folder = tmp_path / "eval" / "coco" / "step-9"

@@ -102,7 +102,7 @@ def test_what_is_kept_and_not_whole_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pool\.jsonl is damaged: remove it and plan again"):
         trials.read(str(tmp_path), similar).similar()
     (tmp_path / "pool.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"not all is planned there \(no pool.jsonl in"):
+    with pytest.raises(ConfigError, match=r"not all is planned there \(no pool.jsonl in .*or give the step="):
         trials.read(str(tmp_path), similar).similar()
     (tmp_path / "pool.json").write_text('{"count": 60')
     with pytest.raises(ConfigError, match=r"pool.json is damaged \(.*\): remove it and plan again$"):
