@@ -40,13 +40,13 @@ def clip_flant5_toy_stage2() -> Run:
             )
         },
         train=Train(
-            steps=900,
+            steps=450,
             learning_rate=1e-3,
             schedule="cosine",
             warmup=50,
             betas=(0.9, 0.98),
             weight_decay=0.0,
-            save_every=300,
+            save_every=90,
         ),
         loader=Loader(workers=0),
         strategy="zero3",
