@@ -79,7 +79,7 @@ def find(folder: str, step: str, digests: bool = True) -> Weights:
     if any(path.glob(EXPORTED)):
         if step not in (checkpoint.LATEST, EXPORT):
             raise ConfigError(f"step={step}: {path} holds exported weights of one step; leave it out")
-        values = {"model.weights": str(path)}
+        values = {"model.weights": str(path), "start": ""}  # what it began with is among them
         if (path / "tokenizer.json").exists():
             values["model.language.tokenizer"] = str(path / "tokenizer.json")
         return Weights(with_overrides(run, values), path, EXPORT)

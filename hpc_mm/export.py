@@ -38,7 +38,8 @@ def export(options: Export) -> Path:
     if out.exists():
         raise ConfigError(f"out={options.out}: it exists; name a folder that does not")
     found = checkpoint.chosen(folder, options.step)
-    weights = checkpoint.read_weights(found)
+    began = checkpoint.read_weights(Path(run.start)) if run.start else {}
+    weights = {**began, **checkpoint.read_weights(found)}
     if options.precision == "bf16":
         weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
     aside = out.with_name(f".{out.name}.{os.getpid()}")

@@ -61,9 +61,12 @@ def initial(run: Run, family: Family, tokenizer: Any) -> Any:
 def begin_with(model: nn.Module, start: Path) -> None:
     """Copy all that a checkpoint of another run has trained. ConfigError where this model has no place for it."""
     try:
-        weights = checkpoint.read_weights(start)
+        problem = checkpoint.damage(start, digests=False)
+        weights = {} if problem else checkpoint.read_weights(start)
     except (checkpoint.DamagedCheckpoint, OSError) as error:
-        raise ConfigError(f"start={start}: {error}") from None
+        problem = str(error)
+    if problem:
+        raise ConfigError(f"start={start}: {problem}")
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
         if name not in parameters or parameters[name].shape != value.shape:

@@ -135,11 +135,11 @@ def queue(run: Run, folder: Path) -> int:
     from hpc_mm.command import sbatch_script
     from hpc_mm.config import ConfigError
     from hpc_mm.submission import (
+        frozen_start,
         frozen_tokenizer,
         last_submission,
         locked,
         next_submission,
-        with_start,
         withdraw,
         write,
     )
@@ -150,7 +150,8 @@ def queue(run: Run, folder: Path) -> int:
 
         scheduled.check_jobs(run, next_submission(folder))
     check_data(run, folder)
-    run, tokenizer = frozen_tokenizer(with_start(run, folder), folder)
+    run, start = frozen_start(run, folder)
+    run, tokenizer = frozen_tokenizer(run, folder)
     with locked(folder):
         slurm.refuse_if_active(last_submission(folder))
         announce(run, tokenizer, folder)
@@ -158,7 +159,7 @@ def queue(run: Run, folder: Path) -> int:
         before = frozen.read_bytes() if frozen.exists() else None
         submission = next_submission(folder)
         script = sbatch_script(run, submission)
-        write(run, tokenizer, submission, {"job.sbatch": script, **evaluations(run, submission)})
+        write(run, tokenizer, start, submission, {"job.sbatch": script, **evaluations(run, submission)})
         try:
             job = slurm.submit(script, run, submission)
         except ConfigError:
@@ -172,17 +173,18 @@ def queue(run: Run, folder: Path) -> int:
 def here(run: Run, folder: Path) -> int:
     """Check everything, freeze the run, and train on this machine until it ends."""
     from hpc_mm import local, slurm
-    from hpc_mm.submission import frozen_tokenizer, last_submission, locked, next_submission, with_start, write
+    from hpc_mm.submission import frozen_start, frozen_tokenizer, last_submission, locked, next_submission, write
 
     local.check(run)
     check_data(run, folder)
-    run, tokenizer = frozen_tokenizer(with_start(run, folder), folder)
+    run, start = frozen_start(run, folder)
+    run, tokenizer = frozen_tokenizer(run, folder)
     with locked(folder) as lock:
         slurm.refuse_if_active(last_submission(folder))
         announce(run, tokenizer, folder)
         submission, port = next_submission(folder), local.free_port()
         texts = {**local.texts(run, submission, port), **evaluations(run, submission)}
-        write(run, tokenizer, submission, texts)
+        write(run, tokenizer, start, submission, texts)
         print(
             f"{run.name}: {run.nodes} nodes on this machine, strategy {run.strategy}, logs {submission.log('*')}",
             flush=True,

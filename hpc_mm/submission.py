@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpc_mm.checkpoint import LATEST, chosen
+from hpc_mm.checkpoint import LATEST, chosen, step_of
 from hpc_mm.command import ROOT, Submission, strategy_file
 from hpc_mm.config import ConfigError, Run, differences, read_run
 
@@ -20,6 +20,7 @@ MAY_CHANGE = (
     *("slurm.", "loader.", "evaluate.", "tracking.", "nodes:", "gpus_per_node:", "strategy:"),
     *("train.accumulate:", "train.log_every:", "train.save_every:", "train.keep:", "train.keep_every:"),
 )
+ORIGIN = "origin.txt"  # in the folder of the weights that a run began with: where they come from
 SAME_MODEL = ("vision.", "language.name", "language.architecture")  # of a run that another one begins with
 SNAPSHOT = ("hpc_mm", "accelerate_configs", "eval", "sbatch")  # all that a job reads of the checkout
 
@@ -74,16 +75,20 @@ def frozen_tokenizer(run: Run, folder: Path) -> tuple[Run, bytes | None]:
     return Run.model_validate(values), content
 
 
-def with_start(run: Run, folder: Path) -> Run:
-    """The run with the checkpoint that it begins with, which stays the same at every launch.
+def frozen_start(run: Run, folder: Path) -> tuple[Run, Path | None]:
+    """The run with the checkpoint that it begins with inside its folder, and where that is to be had from.
 
-    ConfigError where ``run.start`` has none, or one of another model.
+    It stays the same at every launch. ConfigError where ``run.start`` has none, or one of another model.
     """
     if not run.start:
-        return run
-    before = read_run(folder).start if (folder / "run.json").exists() else ""
-    if before and Path(before).is_relative_to(run.start):
-        return run.model_copy(update={"start": before})
+        return run, None
+    kept = folder / "start"
+    inside = run.model_copy(update={"start": str(kept)})
+    if kept.exists():
+        origin = (kept / ORIGIN).read_text()
+        if run.start != str(kept) and not Path(origin).is_relative_to(run.start):
+            raise ConfigError(f"run {run.name} began with {origin}, not with start={run.start}; name=... is a new one")
+        return inside, None
     try:
         old = read_run(run.start)
         found = chosen(Path(run.start), LATEST)
@@ -96,7 +101,22 @@ def with_start(run: Run, folder: Path) -> Run:
         raise ConfigError(f"start={run.start} is a run of another model: {'; '.join(other)}")
     if run.model.family == "clip_flant5" and "projector" not in old.model.trainable:
         raise ConfigError(f"start={run.start} has trained {', '.join(old.model.trainable)}, and no projector")
-    return run.model_copy(update={"start": str(found)})
+    print(f"{run.name} begins with step {step_of(found):,} of {old.train.steps:,} of {run.start}")
+    return inside, found
+
+
+def keep_start(found: Path, folder: Path) -> None:
+    """Put a checkpoint into the run's folder, whole or not at all: as links to its files, where those can be made."""
+    aside = folder / f".start.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for file in found.iterdir():
+        try:
+            os.link(file, aside / file.name)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(file, aside / file.name)
+    (aside / ORIGIN).write_text(str(found))
+    aside.rename(folder / "start")
 
 
 def changes(run: Run, tokenizer: bytes | None, folder: Path) -> list[str] | None:
@@ -132,7 +152,7 @@ def with_shares_of_old(run: Run, folder: Path) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update={"accumulate": micro_steps})})
 
 
-def write(run: Run, tokenizer: bytes | None, submission: Submission, texts: dict[str, str]) -> None:
+def write(run: Run, tokenizer: bytes | None, start: Path | None, submission: Submission, texts: dict[str, str]) -> None:
     """Freeze values, code, commit, packages and texts in the submission's folder, whole or absent; then run.json."""
     values = run.model_dump_json(indent=2)
     strategy = strategy_file(run.strategy)
@@ -140,6 +160,8 @@ def write(run: Run, tokenizer: bytes | None, submission: Submission, texts: dict
         shutil.copy2(strategy, code / "accelerate_configs" / strategy.name)
     if tokenizer is not None:
         _write_whole(submission.run_folder / "tokenizer.json", tokenizer)
+    if start is not None:
+        keep_start(start, submission.run_folder)
     _write_whole(submission.run_folder / "run.json", values.encode())
 
 
@@ -170,6 +192,7 @@ def withdraw(submission: Submission, before: bytes | None) -> None:
     if before is not None:
         _write_whole(folder / "run.json", before)
         return
+    shutil.rmtree(folder / "start", ignore_errors=True)
     for name in ("run.json", "tokenizer.json", ".lock"):
         (folder / name).unlink(missing_ok=True)
     submission.folder.parent.rmdir()

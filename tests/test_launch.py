@@ -374,10 +374,10 @@ def test_metrics_that_a_run_cuts_and_writes_on_are_read_from_their_cut(tmp_path:
 def test_withdrawing_a_refused_job_leaves_what_was_there(here: Path) -> None:
     run = resolve("toy", {}, read_site())
     first = next_submission(here / "runs" / "toy")
-    write(run, b"{}", first, {"job.sbatch": ""})
+    write(run, b"{}", None, first, {"job.sbatch": ""})
     before = (here / "runs" / "toy" / "run.json").read_bytes()
     second = next_submission(here / "runs" / "toy")
-    write(run.model_copy(update={"nodes": 1}), b"{}", second, {"job.sbatch": ""})
+    write(run.model_copy(update={"nodes": 1}), b"{}", None, second, {"job.sbatch": ""})
     withdraw(second, before)
     assert (here / "runs" / "toy" / "run.json").read_bytes() == before and not second.folder.exists()
     withdraw(first, None)

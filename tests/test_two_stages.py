@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from checkout import ROOT, environment, launch
 from runs import lines
 
 from hpc_mm import checkpoint
-from hpc_mm.config import read_run
+from hpc_mm.answerer import Weights, find, trained
+from hpc_mm.config import ConfigError, read_run
 
 SMALL = [
     "cluster=local",
@@ -84,12 +86,32 @@ def test_a_stage_trains_its_parts_alone_and_the_second_begins_where_the_first_en
     first, second = (runs / f"clip_flant5_toy_stage{stage}" for stage in (1, 2))
     end = checkpoint.read_weights(checkpoint.chosen(first, "4"))
     assert set(end) == {f"projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
-    start = read_run(second).start
-    assert start == str(checkpoint.path_of(first, 4))
+    start = Path(read_run(second).start)
+    assert start.is_relative_to(second), "what it began with stays its own, whatever the first stage does"
+    assert (start / "origin.txt").read_text() == str(checkpoint.path_of(first, 4))
+    assert all(torch.equal(value, end[name]) for name, value in checkpoint.read_weights(start).items())
     trained = checkpoint.read_weights(checkpoint.chosen(second, "4"))
     assert {name.partition(".")[0] for name in trained} == {"projector", "language"}
     moved = max(float((trained[name] - end[name]).abs().max()) for name in end)
     assert 0 < moved < 0.02  # four steps of Adam at 1e-3 from there, not from random weights
+
+
+def test_the_weights_that_a_run_began_with_must_be_there(runs: Path, tmp_path: Path) -> None:
+    run = read_run(runs / "clip_flant5_toy_stage2")
+    lost = run.model_copy(update={"start": str(tmp_path / "start")})
+    with pytest.raises(ConfigError, match="start="):
+        trained(Weights(lost, runs / "clip_flant5_toy_stage2", "0"), "fp32")
+
+
+def test_what_is_exported_needs_no_other_run(runs: Path, tmp_path: Path) -> None:
+    """Nor does what the first stage has trained come over what the second has."""
+    folder = runs / "clip_flant5_toy_stage2"
+    result = subprocess.run([sys.executable, "-m", "hpc_mm.export", f"run={folder}", f"out={tmp_path / 'out'}"])
+    assert result.returncode == 0
+    model, _ = trained(find(str(folder), "4"), "fp32")
+    alone, _ = trained(find(str(tmp_path / "out"), "latest"), "fp32")
+    for (name, value), (other, found) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
+        assert name == other and torch.equal(value, found)
 
 
 def test_a_stage_that_was_ended_goes_on_exactly(runs: Path, values: dict[str, str]) -> None:
@@ -121,6 +143,7 @@ def test_batches_by_length(runs: Path, values: dict[str, str]) -> None:
     ("words", "said"),
     [
         (["start=nowhere"], "nowhere"),
+        (["name=clip_flant5_toy_stage2", "start=stage1_zero2"], "began with"),
         (["start=", "model.language.architecture={}", "model.language.name=google/flan-t5-xl"], "start=RUN"),
         (["model.language.architecture.d_model=64"], "d_model: 128 -> 64"),
         (["sources.questions.form=pairs", "sources.questions.template=none"], "clip_flant5 takes chat"),
@@ -133,7 +156,8 @@ def test_mistakes_are_told_before_anything_is_queued(
 ) -> None:
     keys = {word.partition("=")[0] for word in words}
     kept = [word for word in SMALL[1:] if not ({"model.language.architecture"} & keys and "architecture" in word)]
-    result = launch(values, "cluster=local", *kept, *STAGE2, *ALONE, "name=mistaken", *words)
+    named = [] if "name" in keys else ["name=mistaken"]
+    result = launch(values, "cluster=local", *kept, *STAGE2, *ALONE, *named, *words)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert said in result.stderr
     assert not (runs / "mistaken" / "submissions").exists()
