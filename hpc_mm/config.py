@@ -112,6 +112,12 @@ class ClipFlanT5(Part):
     gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
     compile: bool = Field(False, description="torch.compile the vision tower and the layers")
 
+    @model_validator(mode="after")
+    def updates_are_of_what_learns(self) -> ClipFlanT5:
+        if self.lora.rank and "language" not in self.trainable:
+            raise ValueError(f"lora.rank={self.lora.rank} is of the language model, which is not in trainable")
+        return self
+
 
 # ---------------------------------------------------------------- data
 

@@ -115,24 +115,23 @@ def test_what_is_exported_needs_no_other_run(runs: Path, tmp_path: Path) -> None
 
 
 def test_a_stage_that_was_ended_goes_on_exactly(runs: Path, values: dict[str, str]) -> None:
-    words = [*SMALL, *STAGE2, *ALONE, "name=ended"]
+    words = [*STAGE2, *ALONE, "name=ended"]
     run = runs / "ended"
-    command = [sys.executable, "-m", "hpc_mm.launch", *words]
+    command = [sys.executable, "-m", "hpc_mm.launch", *SMALL, *words]
     launcher = subprocess.Popen(command, env=values, stdout=subprocess.DEVNULL)
     while not (run / "metrics.jsonl").exists() or not lines(run):
         assert launcher.poll() is None
         time.sleep(0.02)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait() == 1
-    assert "going on with it" in go(values, *words[1:])
+    assert "going on with it" in go(values, *words)
     assert losses(run) == losses(runs / "clip_flant5_toy_stage2")
 
 
 def test_batches_by_length(runs: Path, values: dict[str, str]) -> None:
-    words = [*SMALL, *STAGE2, *ALONE, "name=by_length", "sources.questions.order=length"]
+    words = [*STAGE2, *ALONE, "name=by_length", "sources.questions.order=length"]
     assert "hpc_mm.measure" in refused(values, *words)
-    measured = [word for word in words if not word.startswith("cluster=")]
-    subprocess.run([sys.executable, "-m", "hpc_mm.measure", "cluster=local", *measured], env=values, check=True)
+    subprocess.run([sys.executable, "-m", "hpc_mm.measure", *SMALL, *words], env=values, check=True)
     go(values, *words)
     random = [line["padding"] for line in lines(runs / "clip_flant5_toy_stage2")]
     sorted_ = [line["padding"] for line in lines(runs / "by_length")]

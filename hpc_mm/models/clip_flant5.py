@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
-from hpc_mm.config import ClipFlanT5, ConfigError
+from hpc_mm.config import ClipFlanT5
 from hpc_mm.models.clip_flant5_weights import load_weights
 from hpc_mm.models.cross_attention import own_precision
 from hpc_mm.models.flops import clip_flant5_work
@@ -41,8 +41,6 @@ def build(
     What is random depends on ``seed`` alone, each part on its own stream; the global generator is left as it was.
     ``config.weights`` is copied over it; then, with ``precision`` bf16, what is frozen is rounded to bf16.
     """
-    if config.lora.rank and "language" not in config.trainable:
-        raise ConfigError(f"lora.rank={config.lora.rank} is of the language model, which is not in trainable")
     with seeded(seed, 0):
         vision = load_vision(config.vision)
     with seeded(seed, 1):
