@@ -231,6 +231,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer: str, values: dict[str
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+@pytest.mark.chaos  # most of a minute
 def test_compilation_changes_nothing(tokenizer: str) -> None:
     small = {**FLAN, "num_layers": 1}
     plain, compiled = (made(configured(tokenizer, small, dropout=0.0, gradient_checkpointing=True)) for _ in range(2))
