@@ -224,7 +224,7 @@ class ByLength:
         return placed(self._pools[which, pool][at, part.start : part.stop], self.sizes)
 
     def _pool(self, which: int, pool: int, steps: int) -> NDArray[np.int64]:
-        """(steps, batch, 2): epoch and number of the samples of a pool's steps, those with targets one epoch after the other."""
+        """(steps, batch, 2): epoch and number of the samples of a pool's steps, one epoch after the other."""
         size = steps * self.batch
         found = self.modalities[which].run(pool * size, (pool + 1) * size)
         left_out = self.left_out[found[:, 1]]
