@@ -4,6 +4,9 @@ The folder holds ``model.safetensors`` (in several files with an index above 5 G
 name in the model, ``run.json``, and the run's tokenizer where it has one of its own; of a run with LoRA also
 ``adapter``, the folder that ``peft.PeftModel.from_pretrained`` puts upon the language model. Frozen weights are those
 of the models that run.json names. ``model.weights=FOLDER`` starts another run from it.
+
+``form=released`` writes a CLIP-FlanT5 as the folder that upstream's loader reads, ``form=projector`` its projector
+alone, as ``mm_projector.bin`` in the folder; ``model.weights`` starts from both, from the latter by the file.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from typing import Literal
 from pydantic import Field
 
 from hpc_mm import checkpoint
-from hpc_mm.config import ClipFlanT5, ConfigError, Part, parse_arguments, read_run, with_overrides
+from hpc_mm.answerer import Weights, trained
+from hpc_mm.config import ClipFlanT5, ConfigError, Part, Run, parse_arguments, read_run, with_overrides
 
 
 class Export(Part):
@@ -26,37 +30,64 @@ class Export(Part):
     out: str = Field("", description="folder to write; it must not exist")
     step: str = Field("latest", description="step of a checkpoint, or latest")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the weights in the file")
+    form: Literal["ours", "released", "projector"] = Field(
+        "ours", description="ours, or of clip_flant5: upstream's folder, or its mm_projector.bin"
+    )
 
 
 def export(options: Export) -> Path:
     """Write the folder, whole or not at all; the checkpoint that it was made from."""
-    import torch
-    from huggingface_hub import save_torch_state_dict
-
     folder, out = Path(options.run), Path(options.out)
     run = read_run(folder)
+    if options.form != "ours" and not isinstance(run.model, ClipFlanT5):
+        raise ConfigError(f"form={options.form} is of model.family=clip_flant5; {folder} is of {run.model.family}")
     if out.exists():
         raise ConfigError(f"out={options.out}: it exists; name a folder that does not")
     found = checkpoint.chosen(folder, options.step)
-    began = checkpoint.read_weights(Path(run.start)) if run.start else {}
-    weights = {**began, **checkpoint.read_weights(found)}
-    if options.precision == "bf16":
-        weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     aside.mkdir(parents=True)
     try:
-        save_torch_state_dict(weights, aside)
-        (aside / "run.json").write_text(run.model_dump_json(indent=2))
-        if isinstance(run.model, ClipFlanT5) and run.model.lora.rank:
-            from hpc_mm.models.lora import save_adapter
-
-            save_adapter(run.model.lora, run.model.language.name, weights, aside / "adapter")
+        if options.form == "ours":
+            write_ours(options, run, found, aside)
+        else:
+            write_upstreams(options, Weights(run, folder, str(checkpoint.step_of(found))), aside)
         if (folder / "tokenizer.json").exists():
             shutil.copy2(folder / "tokenizer.json", aside)
         aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return found
+
+
+def write_ours(options: Export, run: Run, found: Path, folder: Path) -> None:
+    """The weights of the checkpoint ``found``, over those that the run began with; run.json, and LoRA's updates."""
+    import torch
+    from huggingface_hub import save_torch_state_dict
+
+    began = checkpoint.read_weights(Path(run.start)) if run.start else {}
+    weights = {**began, **checkpoint.read_weights(found)}
+    if options.precision == "bf16":
+        weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
+    save_torch_state_dict(weights, folder)
+    (folder / "run.json").write_text(run.model_dump_json(indent=2))
+    if isinstance(run.model, ClipFlanT5) and run.model.lora.rank:
+        from hpc_mm.models.lora import save_adapter
+
+        save_adapter(run.model.lora, run.model.language.name, weights, folder / "adapter")
+
+
+def write_upstreams(options: Export, weights: Weights, folder: Path) -> None:
+    """A CLIP-FlanT5 as it is released, or its projector, frozen weights too."""
+    import torch
+
+    from hpc_mm.models.clip_flant5_weights import PROJECTOR_FILE, save_projector, save_released
+
+    model, _ = trained(weights, "fp32")
+    precision = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    if options.form == "released":
+        save_released(model, folder, precision)
+    else:
+        save_projector(model, folder / PROJECTOR_FILE, precision)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -41,14 +41,18 @@ def write_run(folder: Path) -> Path:
         toy(), {"name": "toy", "model.language.tokenizer": str(folder / "tokenizer.json"), **SMALLER}
     )
     (folder / "run.json").write_text(run.model_dump_json())
-    model = sharpened(build(run.model, load_tokenizer(run.model.language), seed=1234))
+    save_checkpoint(folder, sharpened(build(run.model, load_tokenizer(run.model.language), seed=1234)))
+    return folder
+
+
+def save_checkpoint(folder: Path, model: nn.Module) -> None:
+    """At STEP of the run, as training writes it."""
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
     parts = (accelerator, *accelerator.prepare(Objective(model), optimizer))
     saver = checkpoint.Saver(accelerator, folder, keep=1)
     saver.start(sharding.own(*parts), {"step": STEP, "updates": STEP})
     saver.finish()
-    return folder
 
 
 def sharpened(model: FlamingoModel) -> FlamingoModel:

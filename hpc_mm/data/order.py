@@ -190,7 +190,8 @@ class ByLength:
     Samples of each modality are a stream of their own; a step takes the next ``batch`` samples of the one whose turn it
     is, such that both get through their epochs at one pace and no sample is left over. The samples of POOL such steps
     are sorted by tokens, those of each GROUP of steps, which now have about as many tokens, by their encoder's, so that
-    neighbours are alike on the decoder's side too; that is cut into steps, and these are permuted.
+    neighbours are alike on the decoder's side too; that is cut into steps, and these are permuted. Samples without a
+    target, which training leaves out, are spread over a pool: sorted by tokens they would fill steps of their own.
     """
 
     def __init__(
@@ -200,6 +201,7 @@ class ByLength:
         self.modalities = modalities(lengths, sizes, seed, source.shuffle_shards)
         self.encoder = lengths.encoder + image_tokens * lengths.images
         self.tokens = self.encoder + lengths.decoder
+        self.left_out = lengths.decoder == 0
         self._pools: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
 
     def size(self, step: int) -> int:
@@ -225,10 +227,22 @@ class ByLength:
         """(steps, batch, 2): epoch and number of the samples of a pool's steps, one epoch after the other."""
         size = steps * self.batch
         found = self.modalities[which].run(pool * size, (pool + 1) * size)
-        found = found[np.lexsort((self.tokens[found[:, 1]], found[:, 0]))]
-        group = np.arange(size) // (GROUP * self.batch)
-        found = found[np.lexsort((self.encoder[found[:, 1]], group))].reshape(steps, self.batch, 2)
-        return found[permutation(steps, self.seed, pool, STEP_ORDER, which)]
+        left_out = self.left_out[found[:, 1]]
+        rest = found[~left_out]
+        rest = rest[np.lexsort((self.tokens[rest[:, 1]], rest[:, 0]))]
+        spread = evenly(int(left_out.sum()), size)
+        group = np.flatnonzero(~spread) // (GROUP * self.batch)
+        pooled = np.empty_like(found)
+        pooled[~spread] = rest[np.lexsort((self.encoder[rest[:, 1]], group))]
+        pooled[spread] = found[left_out]
+        return pooled.reshape(steps, self.batch, 2)[permutation(steps, self.seed, pool, STEP_ORDER, which)]
+
+
+def evenly(count: int, size: int) -> NDArray[np.bool_]:
+    """Which ``count`` of ``size`` places: any n neighbours hold n * count / size of them, rounded up or down."""
+    chosen = np.zeros(size, dtype=np.bool_)
+    chosen[(2 * np.arange(count) + 1) * size // (2 * max(count, 1))] = True
+    return chosen
 
 
 class ByModalityLength:

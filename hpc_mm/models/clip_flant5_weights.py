@@ -166,19 +166,24 @@ def _complete(where: Path, missing: set[str]) -> None:
 # ---------------------------------------------------------------- writing
 
 
-def save_projector(model: ClipFlanT5Model, file: Path) -> None:
+def save_projector(model: ClipFlanT5Model, file: Path, precision: torch.dtype = torch.float32) -> None:
     """Write an mm_projector.bin."""
-    torch.save({f"mm_projector.{name}": value.detach() for name, value in model.projector.named_parameters()}, file)
+    torch.save(_projector(model, precision), file)
 
 
-def save_released(model: ClipFlanT5Model, folder: Path) -> None:
+def save_released(model: ClipFlanT5Model, folder: Path, precision: torch.dtype = torch.float32) -> None:
     """Write a released folder, without the tower, which its config.json names. LoRA's updates are merged."""
-    state = {f"mm_projector.{name}": value.detach() for name, value in model.projector.named_parameters()}
-    state.update(merged(model.language))
+    state = _projector(model, precision)
+    state.update({name: value.to(precision) for name, value in merged(model.language).items()})
     tied = model.language.config.scale_decoder_outputs
     state.update(dict.fromkeys((*TABLES, "lm_head.weight") if tied else TABLES, state["shared.weight"]))
     save_torch_state_dict(state, folder, filename_pattern="pytorch_model{suffix}.bin", safe_serialization=False)
     (folder / "config.json").write_text(json.dumps(released_config(model), indent=2))
+
+
+def _projector(model: ClipFlanT5Model, precision: torch.dtype) -> dict[str, Tensor]:
+    named = model.projector.named_parameters()
+    return {f"mm_projector.{name}": value.detach().to(precision) for name, value in named}
 
 
 def released_config(model: ClipFlanT5Model) -> dict[str, Any]:
