@@ -66,11 +66,10 @@ class Judge(Part):
     def precision_of(self, run: Run) -> Literal["bf16", "fp32"]:
         return run.precision if self.precision == "run" else self.precision
 
-    def load(self, weights: answerer.Weights, task: int = 0) -> VqaScorer:
+    def load(self, weights: answerer.Weights, device: str) -> VqaScorer:
         from hpc_mm.vqascore import load
 
-        precision, device = self.precision_of(weights.run), answerer.device_of(task)
-        running = answerer.Running(precision, self.batch, self.keep_mb * 2**20, device)
+        running = answerer.Running(self.precision_of(weights.run), self.batch, self.keep_mb * 2**20, device)
         longest = max(source.max_tokens for source in weights.run.sources.values())
         return load(weights, running, self.template_of(weights.run), longest)
 
@@ -212,7 +211,7 @@ def score(options: Judging) -> None:
         return
     by_id = {item.id: item for item in items}
     chosen = {part: [by_id[name] for name in kept.ids_of(part)] for part in todo}
-    scorer = options.load(weights, options.task or 0)
+    scorer = options.load(weights, answerer.device_of(options.task, options.gpus))
     for some in chosen.values():
         for item in some:
             scorer.check(named(item))

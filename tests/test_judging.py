@@ -11,7 +11,7 @@ import judges
 import pytest
 import samples
 
-from hpc_mm import faithfulness, judging
+from hpc_mm import faithfulness, judging, staged
 from hpc_mm.answerer import Weights, trained
 from hpc_mm.config import read_run
 from hpc_mm.recipes.toy import toy
@@ -181,6 +181,20 @@ def test_an_image_that_cannot_be_read_is_named(
     (tmp_path / "data" / "3.png").write_bytes(samples.encoded(samples.picture(3))[:200])
     assert run(run_folder, tmp_path / "data", tmp_path / "out") == 2
     assert "3.png: an image cannot be read" in capsys.readouterr().err
+
+
+def test_processes_here_are_as_many_as_there_is_room_for(
+    run_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(staged, "run_tasks", lambda *words: started.append(words) or 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for tasks in (8, 2):
+        assert run(run_folder, data, tmp_path, "stage=score", f"tasks={tasks}", "gpus=0") == 0
+    for (words, stage, tasks, rooms), expected in zip(started, (3, 2), strict=True):
+        assert (stage, tasks, len(rooms)) == ("score", expected, 3)
+        assert [word for word in words if word.startswith("tasks=")] == [f"tasks={expected}"]
 
 
 def test_print_shows_an_array_of_jobs_and_one_that_collects(
