@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -161,6 +162,9 @@ def plan(options: Judging, weights: answerer.Weights) -> Plan:
     """Fix the work list. All that a user may have got wrong is told here, before anything is queued, but for texts that
     are too long: they take the model's tokenizer, and each task looks at its own before it begins."""
     items = faithfulness.read(options.benchmark, Path(options.data))
+    sizes = faithfulness.BENCHMARKS[options.benchmark].sizes
+    if sizes and len(items) not in sizes:
+        print(f"{len(items):,} items, {' or '.join(f'{size:,}' for size in sizes)} are published")
     planned = Plan(work_of(options, weights, items), tuple(item.id for item in items), options.part)
     save_plan(open_store(options.out, make=True), planned)
     print(f"{options.benchmark}: {len(items)} items, {count_pairs(items)} pairs, in {planned.parts} parts")
@@ -177,9 +181,9 @@ def work_of(options: Judging, weights: answerer.Weights, items: Sequence[Item]) 
 
 def protocol_of(benchmark: str, items: Sequence[Item], template: Template) -> dict[str, Any]:
     """Everything about the scores that is not the model."""
-    texts = (text for item in items for text in (item.id, *item.images, "", *item.texts, ""))
+    whole_items = digest(json.dumps(astuple(item)) for item in items)
     asked = {"template": template, "question": QUESTION, "answer": ANSWER}
-    return {"benchmark": benchmark, "items": len(items), "digest": digest(texts), **asked, "version": VERSION}
+    return {"benchmark": benchmark, "items": len(items), "digest": whole_items, **asked, "version": VERSION}
 
 
 def count_pairs(items: Iterable[Item]) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ def test_a_mistake_is_one_line(
     assert run(run_folder, data, tmp_path / "out", *words) == 2
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1
+
+
+def test_items_are_what_is_published_and_decide_the_protocol(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = faithfulness.BENCHMARKS["pairs"]
+    for sizes, said in (((ITEMS,), ""), ((400, 1600), "11 items, 400 or 1,600 are published\n")):
+        monkeypatch.setitem(faithfulness.BENCHMARKS, "pairs", replace(reader, sizes=sizes))
+        assert run(run_folder, data, tmp_path, "stage=plan") == 0
+        assert capsys.readouterr().out == f"{said}pairs: 11 items, 27 pairs, in 6 parts\n"
+    item = faithfulness.read("pairs", data)[0]
+    others = [
+        replace(item, **{key: value})
+        for key, value in (("human", 1.0), ("group", "g"), ("skills", ("s",)), ("generator", "g"), ("texts", ("red",)))
+    ]
+    protocols = {str(judging.protocol_of("pairs", [one], "t5_v1")) for one in (item, *others)}
+    assert len(protocols) == len(others) + 1
 
 
 def test_missing_images_are_listed_and_counted_before_anything_is_planned(
