@@ -88,20 +88,24 @@ def find(folder: str, step: str, digests: bool = True) -> Weights:
     return Weights(run, path, str(checkpoint.step_of(checkpoint.chosen(path, step, digests))))
 
 
-def device_of(task: int) -> str:
-    """A GPU of this machine for each of the tasks that run here, in turn, if it has any."""
+def device_of(task: int | None, gpus: int) -> str:
+    """A GPU of this machine for each of the tasks that run here, in turn, if it has any and ``gpus`` are wanted."""
     import torch
 
-    return f"cuda:{task % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{(task or 0) % torch.cuda.device_count()}" if gpus and torch.cuda.is_available() else "cpu"
 
 
 def check_family(run: Run) -> None:
-    """ConfigError where the run's models answer no questions."""
+    """ConfigError where the run's model writes no answers."""
     if run.model.family not in FAMILIES:
-        raise ConfigError(f"model.family={run.model.family} writes no answers here; known: {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"model.family={run.model.family} answers no benchmark's questions, of eval/ or evaluate.every; those that "
+            f"do: {', '.join(FAMILIES)}"
+        )
 
 
 def load(weights: Weights, running: Running) -> Answerer:
+    check_family(weights.run)
     return FAMILIES[weights.run.model.family](weights, running)
 
 

@@ -6,7 +6,6 @@ it), ``answer`` is the model's work, ``collect`` scores. Each skips what is done
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hpc_mm import answerer, results, trials
+from hpc_mm.arrays import Stage, Work
 from hpc_mm.benchmark import Benchmark, Decoding, questions, shards_of
 from hpc_mm.checkpoint import LATEST
 from hpc_mm.config import ConfigError, Part, Positive, Run, Slurm, parse_arguments, read_run
 from hpc_mm.data.shards import read_manifest
 from hpc_mm.data.store import MissingKey, StoreDown, StoreError, open_store, whole
-from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
 from hpc_mm.demonstrations import QUERY_SET
 from hpc_mm.evaluations import FOLDER, HERE
 from hpc_mm.predictions import SIZE, parts_to_do
@@ -30,6 +29,7 @@ from hpc_mm.rules import OPENFLAMINGO, rules_of
 from hpc_mm.scoring import metric_of
 from hpc_mm.similarity import Encoder, compute, shards_to_do
 from hpc_mm.site import in_store, read_options, read_site
+from hpc_mm.staged import run_stages
 from hpc_mm.trials import Choice, Planned, Pool, Trial
 
 PLAN, FEATURES, ANSWER, COLLECT = STAGES = ("plan", "features", "answer", "collect")
@@ -153,10 +153,15 @@ def options_of(benchmark: Benchmark, words: Sequence[str], values: Mapping[str, 
 
 
 def found(options: Evaluation) -> answerer.Weights | None:
-    """The weights where they are to be looked for, by sizes alone: the same ones for every stage."""
+    """The weights where they are to be looked for, by sizes alone: the same ones for every stage.
+
+    ConfigError where they are of no model that answers.
+    """
     if not options.plans and options.out:
         return None
-    return answerer.find(options.checkpoint, options.step, digests=False)
+    weights = answerer.find(options.checkpoint, options.step, digests=False)
+    answerer.check_family(weights.run)
+    return weights
 
 
 def located(options: Evaluation, benchmark: Benchmark, step: str) -> Evaluation:
@@ -219,7 +224,8 @@ def answer(options: Evaluation, benchmark: Benchmark) -> None:
     weights = answerer.find(options.checkpoint, step, digests=False)  # whoever planned has verified them
     trials.refuse_other(planned, benchmark, work_of(options, weights))
     precision = precision_of(options, weights.run)
-    running = answerer.Running(precision, options.batch, options.keep_mb * 2**20, device(options))
+    device = answerer.device_of(options.task, options.gpus)
+    running = answerer.Running(precision, options.batch, options.keep_mb * 2**20, device)
     ask(answerer.load(weights, running), benchmark, planned, todo, options.data, options.rices)
 
 
@@ -233,10 +239,6 @@ def parts_of(planned: Planned, task: int, tasks: int) -> list[tuple[Trial, int]]
     return todo
 
 
-def device(options: Evaluation) -> str:
-    return answerer.device_of(options.task or 0) if options.gpus else "cpu"
-
-
 def features(options: Evaluation, benchmark: Benchmark) -> None:
     """Image features of this task's shards, where demonstrations are chosen by them."""
     store, task = open_store(options.data), options.task or 0
@@ -247,7 +249,7 @@ def features(options: Evaluation, benchmark: Benchmark) -> None:
         for shard in shards_of(every, split, options.data)
     ]
     todo = shards_to_do(store, shards, options.rices, task, options.tasks if options.task is not None else 1)
-    compute(store, todo, options.rices, device(options))
+    compute(store, todo, options.rices, answerer.device_of(options.task, options.gpus))
     print(f"features of {len(todo)} shards were made here, {len(shards)} are wanted")
 
 
@@ -276,33 +278,14 @@ def run_stage(stage: str, options: Evaluation, benchmark: Benchmark) -> None:
 
 def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
     """The stages after planning, as jobs or here."""
-    from hpc_mm.arrays import Stage, Work, queue, room_of_models, run_tasks, wants_slurm
-    from hpc_mm.local import visible_gpus
-
-    if options.task is None and wants_slurm(options.cluster):
-        stages = [
-            Stage(stage, options.tasks, options.gpus) if stage in SHARED else Stage(stage) for stage in options.stages
-        ]
-        places = [options.checkpoint, options.data, options.out]
-        name = job_name(options, benchmark, options.step)
-        again = script_words(words, options)
-        queue(Work(name, f"eval-{name}", stages, STAGES[1:], again, places, SNAPSHOT, options.slurm), options.cluster)
-        return 0
-    if LAUNCHER in os.environ:
-        die_with_parent(signal.SIGTERM)  # else work whose launcher was killed would go on beside the next one
-    for stage in options.stages:
-        if stage in SHARED and options.tasks > 1 and options.task is None:
-            rooms = room_of_models(visible_gpus() if options.gpus else None)
-            at_once = min(options.tasks, len(rooms))  # a task loads the model once, and takes its share of all
-            if at_once > 1:
-                again = script_words(words, options.model_copy(update={"tasks": at_once}))
-                code = run_tasks([sys.executable, *again], stage, at_once, rooms)
-                if code:
-                    return code
-                continue
-        with ended_in_order():
-            run_stage(stage, options, benchmark)
-    return 0
+    stages = [
+        Stage(stage, options.tasks, options.gpus) if stage in SHARED else Stage(stage) for stage in options.stages
+    ]
+    places = [options.checkpoint, options.data, options.out]
+    name = job_name(options, benchmark, options.step)
+    again = script_words(words, options)
+    work = Work(name, f"eval-{name}", stages, STAGES[1:], again, places, SNAPSHOT, options.slurm)
+    return run_stages(work, options.cluster, options.task, lambda stage: run_stage(stage, options, benchmark))
 
 
 def job_name(options: Evaluation, benchmark: Benchmark, step: str) -> str:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,11 +67,10 @@ class Judge(Part):
     def precision_of(self, run: Run) -> Literal["bf16", "fp32"]:
         return run.precision if self.precision == "run" else self.precision
 
-    def load(self, weights: answerer.Weights, task: int = 0) -> VqaScorer:
+    def load(self, weights: answerer.Weights, device: str) -> VqaScorer:
         from hpc_mm.vqascore import load
 
-        precision, device = self.precision_of(weights.run), answerer.device_of(task)
-        running = answerer.Running(precision, self.batch, self.keep_mb * 2**20, device)
+        running = answerer.Running(self.precision_of(weights.run), self.batch, self.keep_mb * 2**20, device)
         longest = max(source.max_tokens for source in weights.run.sources.values())
         return load(weights, running, self.template_of(weights.run), longest)
 
@@ -162,6 +162,9 @@ def plan(options: Judging, weights: answerer.Weights) -> Plan:
     """Fix the work list. All that a user may have got wrong is told here, before anything is queued, but for texts that
     are too long: they take the model's tokenizer, and each task looks at its own before it begins."""
     items = faithfulness.read(options.benchmark, Path(options.data))
+    sizes = faithfulness.BENCHMARKS[options.benchmark].sizes
+    if sizes and len(items) not in sizes:
+        print(f"{len(items):,} items, {' or '.join(f'{size:,}' for size in sizes)} are published")
     planned = Plan(work_of(options, weights, items), tuple(item.id for item in items), options.part)
     save_plan(open_store(options.out, make=True), planned)
     print(f"{options.benchmark}: {len(items)} items, {count_pairs(items)} pairs, in {planned.parts} parts")
@@ -178,9 +181,9 @@ def work_of(options: Judging, weights: answerer.Weights, items: Sequence[Item]) 
 
 def protocol_of(benchmark: str, items: Sequence[Item], template: Template) -> dict[str, Any]:
     """Everything about the scores that is not the model."""
-    texts = (text for item in items for text in (item.id, *item.images, "", *item.texts, ""))
+    whole_items = digest(json.dumps(astuple(item)) for item in items)
     asked = {"template": template, "question": QUESTION, "answer": ANSWER}
-    return {"benchmark": benchmark, "items": len(items), "digest": digest(texts), **asked, "version": VERSION}
+    return {"benchmark": benchmark, "items": len(items), "digest": whole_items, **asked, "version": VERSION}
 
 
 def count_pairs(items: Iterable[Item]) -> int:
@@ -212,7 +215,7 @@ def score(options: Judging) -> None:
         return
     by_id = {item.id: item for item in items}
     chosen = {part: [by_id[name] for name in kept.ids_of(part)] for part in todo}
-    scorer = options.load(weights, options.task or 0)
+    scorer = options.load(weights, answerer.device_of(options.task, options.gpus))
     for some in chosen.values():
         for item in some:
             scorer.check(named(item))

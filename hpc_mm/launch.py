@@ -95,7 +95,8 @@ def show(run: Run, submission: Submission) -> int:
     for name, source in run.sources.items():
         print(f"#   that {name} are whole shards at {source.data}")
     language, vision = run.model.language, run.model.vision
-    loaded = {language.tokenizer or language.name, language.name, "" if vision.architecture else vision.name}
+    loaded = {language.tokenizer or language.name, language.name, run.model.weights}
+    loaded.add("" if vision.architecture else vision.name)
     for address in sorted(loaded - {""}):
         print(f"#   that {address} can be loaded")
     if run.start:
@@ -109,7 +110,8 @@ def show(run: Run, submission: Submission) -> int:
 
 
 def check_data(run: Run, folder: Path) -> None:
-    """Every source has whole shards with samples in them, and they can be read from here; benchmarks are there."""
+    """Every source has whole shards with samples in them, and they can be read from here; weights and benchmarks are
+    there."""
     from hpc_mm.config import ConfigError
     from hpc_mm.data.lengths import check_lengths
     from hpc_mm.data.shards import check_shards
@@ -118,11 +120,14 @@ def check_data(run: Run, folder: Path) -> None:
     for name, source in run.sources.items():
         try:
             problems = check_shards(open_store(source.data))
+            if problems:
+                raise ConfigError(f"{problems[0]}; {len(problems)} problems in all: prepare it again")
             check_lengths(source, run.model.language)
         except ConfigError as error:
             raise ConfigError(f"sources.{name}: {error}") from None
-        if problems:
-            raise ConfigError(f"sources.{name}: {problems[0]}; {len(problems)} problems in all: prepare it again")
+    weights = run.model.weights  # of a path alone, in every family
+    if weights and not Path(weights).expanduser().exists():
+        raise ConfigError(f"model.weights={weights}: there is no such file or folder")
     if run.evaluate.every:
         from hpc_mm import scheduled
 

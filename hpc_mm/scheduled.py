@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_mm import checkpoint, slurm
+from hpc_mm import answerer, checkpoint, slurm
 from hpc_mm.arrays import Stage, Work, check_time, scripts
 from hpc_mm.benchmark import Benchmark, has_answers, shards_of
 from hpc_mm.command import ROOT, Submission
@@ -50,7 +50,8 @@ class Scheduled:
 
 
 def check(run: Run, run_folder: Path) -> None:
-    """Refuse words that no script takes."""
+    """Refuse a model that writes no answers, and words that no script takes."""
+    answerer.check_family(run)
     list(scheduled(run, run_folder))
 
 
@@ -75,6 +76,8 @@ def read(run: Run, run_folder: Path, script: Path, text: str) -> Scheduled:
     values = run.slurm.model_dump()
     words += [f"slurm.{key}={values[key]}" for key in AS_TRAINING if values[key] and f"slurm.{key}" not in given]
     stated = runpy.run_path(str(script), run_name=script.stem)
+    if "BENCHMARK" not in stated:
+        raise ConfigError(f"eval/{script.name} asks no questions that a run can be evaluated by while it trains")
     benchmark: Benchmark = stated["BENCHMARK"]
     place = place_of(run_folder, script.stem, STEP)
     fixed = [f"checkpoint={run_folder}", f"step={STEP}", f"out={place}"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from pydantic import Field
 
-from hpc_mm.answerer import Weights
+from hpc_mm.annotations import json_lines
+from hpc_mm.answerer import Weights, device_of
 from hpc_mm.config import ConfigError, parse_arguments, unknown, validated
 from hpc_mm.data.pictures import FORMATS
 from hpc_mm.data.store import written_aside
@@ -110,10 +111,10 @@ def image_files(folder: Path) -> list[str]:
 
 def text_lines(file: Path) -> dict[str, str]:
     """The texts by the names of their lines."""
-    lines = text_of(file).splitlines()
-    if not lines:
+    text = text_of(file).removesuffix("\n")
+    if not text:
         raise ConfigError(f"texts={file} is empty")
-    return {f"line {number}": line for number, line in enumerate(lines, 1)}
+    return {f"line {number}": line for number, line in enumerate(text.split("\n"), 1)}
 
 
 def text_of(file: Path) -> str:
@@ -151,7 +152,7 @@ def csv_rows(file: Path) -> list[Any]:
 
 def json_rows(file: Path) -> list[Any]:
     try:
-        return [json.loads(line) for line in text_of(file).splitlines()]
+        return json_lines(text_of(file))
     except ValueError as error:
         raise ConfigError(f"texts={file} is not JSON lines: {error}") from None
 
@@ -161,7 +162,7 @@ def json_rows(file: Path) -> list[Any]:
 
 def scores_of(options: Score, some: Pairs, weights: Weights) -> NDArray[np.float64]:
     """Of every pair. ConfigError where a text is too long for the model."""
-    scorer = options.load(weights)
+    scorer = options.load(weights, device_of(None, gpus=1))
     cleaned = scorer.check(dict(zip(some.names, some.texts, strict=True)))
     if cleaned:
         print(f"{cleaned:,} texts hold what would be taken for a special token, which is removed")
@@ -218,6 +219,9 @@ def run(options: Score) -> list[Path]:
         raise ConfigError(f"out={options.out}: it must name a .csv file")
     weights = found(options.checkpoint, options.step)
     some = pairs_of(options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent):  # where nothing can be written, nothing is scored
+        pass
     scores = scores_of(options, some, weights)
     files = {out: table(some, scores)}
     if options.shown:

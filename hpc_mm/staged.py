@@ -13,8 +13,9 @@ from hpc_mm.local import visible_gpus
 
 
 def run_stages(work: Work, cluster: str, task: int | None, run: Callable[[str], None]) -> int:
-    """All stages of the work in their order; 0, or 1 where a task failed. Tasks here load a model each.
+    """All stages of the work in their order; 0, or 1 where a task failed.
 
+    A task here loads the model once and takes its share of all, so there are no more of them than there is room for.
     ``task``: this process is that one of its stage. ``run``: does a stage, or its task, here.
     """
     if task is None and wants_slurm(cluster):
@@ -24,11 +25,14 @@ def run_stages(work: Work, cluster: str, task: int | None, run: Callable[[str], 
         die_with_parent(signal.SIGTERM)  # else work whose launcher was killed would go on beside the next one
     for stage in work.stages:
         if stage.tasks is not None and stage.tasks > 1 and task is None:
-            rooms = room_of_models(visible_gpus() if stage.gpus else [])
-            code = run_tasks([sys.executable, *work.words], stage.name, stage.tasks, rooms)
-            if code:
-                return code
-            continue
+            rooms = room_of_models(visible_gpus() if stage.gpus else None)
+            at_once = min(stage.tasks, len(rooms))
+            if at_once > 1:
+                words = [word for word in work.words if not word.startswith("tasks=")]
+                code = run_tasks([sys.executable, *words, f"tasks={at_once}"], stage.name, at_once, rooms)
+                if code:
+                    return code
+                continue
         with ended_in_order():
             run(stage.name)
     return 0

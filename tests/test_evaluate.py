@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import clips
+import judges
 import pytest
 import questions
 import samples
 import small_run
 
-from hpc_mm import arrays, benchmark, checkpoint, evaluate, metrics, trials
+from hpc_mm import benchmark, checkpoint, evaluate, metrics, staged, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError
 from hpc_mm.predictions import NAME
@@ -154,7 +155,7 @@ def test_a_model_is_loaded_once_for_each_there_is_room_for(
     run_folder: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever ``tasks`` is."""
-    monkeypatch.setattr(arrays, "run_tasks", lambda *words: started.append(words) or 0)
+    monkeypatch.setattr(staged, "run_tasks", lambda *words: started.append(words) or 0)
     for visible, tasks, expected in (("", 8, []), ("3", 8, []), ("0,1", 8, [2]), ("0,1,2", 2, [2]), ("0,1", 1, [])):
         started: list[Any] = []
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -394,6 +395,17 @@ def test_prompts_that_are_too_long_are_told_before_any_is_answered(
     assert "question 101: its prompt of " in complaint and complaint.count("\n") == 1
     assert "take fewer shots, or shorter demonstrations" in complaint
     assert not list(tmp_path.glob("out/*/parts"))
+
+
+def test_a_model_that_writes_no_answers(
+    data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = judges.write_run(tmp_path / "judge")
+    for stage in ("plan", "answer"):
+        assert run(VQA, folder, data, "", "step=0", f"stage={stage}") == 2
+        complaint = capsys.readouterr().err
+        assert "model.family=clip_flant5 answers no" in complaint and complaint.count("\n") == 1
+    assert not (folder / "eval").exists()
 
 
 def test_data_of_another_benchmark(

@@ -102,6 +102,8 @@ def scored(run_folder: Path, name: str, step: int, **scores: float) -> None:
         ([f"{COCO}=shots=4"], "data=... is missing"),
         ([f"{COCO}=data='coco"], "No closing quotation"),
         ([f"{COCO}=data=coco ; rm x"], "';' is not key=value"),
+        (["recipe=clip_flant5_toy_stage1", f"{COCO}=data=coco"], "model.family=clip_flant5 answers no benchmark's"),
+        (["evaluate.benchmarks.vqascore=data=coco"], "eval/vqascore.py asks no questions that a run can be"),
         (["cluster=local", f"{COCO}=data=coco"], "coco"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import judges
 import pytest
 import samples
 
-from hpc_mm import faithfulness, judging
+from hpc_mm import faithfulness, judging, staged
 from hpc_mm.answerer import Weights, trained
 from hpc_mm.config import read_run
 from hpc_mm.recipes.toy import toy
@@ -146,6 +147,23 @@ def test_a_mistake_is_one_line(
     assert reason in error and error.count("\n") == 1
 
 
+def test_items_are_what_is_published_and_decide_the_protocol(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = faithfulness.BENCHMARKS["pairs"]
+    for sizes, said in (((ITEMS,), ""), ((400, 1600), "11 items, 400 or 1,600 are published\n")):
+        monkeypatch.setitem(faithfulness.BENCHMARKS, "pairs", replace(reader, sizes=sizes))
+        assert run(run_folder, data, tmp_path, "stage=plan") == 0
+        assert capsys.readouterr().out == f"{said}pairs: 11 items, 27 pairs, in 6 parts\n"
+    item = faithfulness.read("pairs", data)[0]
+    others = [
+        replace(item, **{key: value})
+        for key, value in (("human", 1.0), ("group", "g"), ("skills", ("s",)), ("generator", "g"), ("texts", ("red",)))
+    ]
+    protocols = {str(judging.protocol_of("pairs", [one], "t5_v1")) for one in (item, *others)}
+    assert len(protocols) == len(others) + 1
+
+
 def test_missing_images_are_listed_and_counted_before_anything_is_planned(
     run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +199,20 @@ def test_an_image_that_cannot_be_read_is_named(
     (tmp_path / "data" / "3.png").write_bytes(samples.encoded(samples.picture(3))[:200])
     assert run(run_folder, tmp_path / "data", tmp_path / "out") == 2
     assert "3.png: an image cannot be read" in capsys.readouterr().err
+
+
+def test_processes_here_are_as_many_as_there_is_room_for(
+    run_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(staged, "run_tasks", lambda *words: started.append(words) or 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for tasks in (8, 2):
+        assert run(run_folder, data, tmp_path, "stage=score", f"tasks={tasks}", "gpus=0") == 0
+    for (words, stage, tasks, rooms), expected in zip(started, (3, 2), strict=True):
+        assert (stage, tasks, len(rooms)) == ("score", expected, 3)
+        assert [word for word in words if word.startswith("tasks=")] == [f"tasks={expected}"]
 
 
 def test_print_shows_an_array_of_jobs_and_one_that_collects(

@@ -111,7 +111,7 @@ def test_a_run_on_gpus_asks_for_them_and_one_on_cpus_does_not(here: Path, capsys
     ("words", "message"),
     [
         (["recipe=omnicorpsu"], "unknown recipe 'omnicorpsu': did you mean omnicorpus?"),
-        (["nodes=2"], "recipe=NAME is missing; known: mmc4, obelics, omnicorpus, toy"),
+        (["nodes=2"], "recipe=NAME is missing; known: clip_flant5_toy_stage1, "),
         (["recipe=toy", "train.step=5"], "unknown key 'train.step': did you mean train.steps?"),
         (["recipe=toy", "train.steps=many"], "train.steps='many'"),
         (["recipe=toy", "precision=fp16"], "'bf16' or 'fp32'"),
@@ -148,9 +148,22 @@ def test_shards_that_are_empty_or_cut_are_refused(here: Path, capsys: pytest.Cap
     tar.write_bytes(tar.read_bytes()[:-512])
     assert main(["recipe=toy"]) == 2
     assert f"{tar.name} has" in capsys.readouterr().err
+    next(pairs.glob(f"{tar.name}.*")).unlink()  # as shards that others made
+    chats = ["sources.questions.data=shapes/train-pairs", "sources.questions.order=length"]
+    assert main(["recipe=clip_flant5_toy_stage2", *chats]) == 2
+    assert "2 problems in all" in capsys.readouterr().err, "not that it has no lengths"
     (pairs / "index.json").write_text("[]")
     assert main(["recipe=toy"]) == 2
     assert "sources.pairs: the shards at" in capsys.readouterr().err
+    assert not (here / "runs").exists()
+
+
+def test_weights_that_are_not_there_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(str(here / "store"))
+    assert main(["recipe=toy", "model.weights=zhiqiulin/clip-flant5-xl"]) == 2
+    assert capsys.readouterr().err == (
+        "hpc_mm: model.weights=zhiqiulin/clip-flant5-xl: there is no such file or folder\n"
+    )
     assert not (here / "runs").exists()
 
 

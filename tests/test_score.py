@@ -152,6 +152,24 @@ def test_a_mistake_is_one_line(
     assert not list(tmp_path.glob("*.csv"))
 
 
+def test_lines_end_at_line_feeds_alone(folder: Path, tmp_path: Path) -> None:
+    texts = ["a red\u2028star", "blue\x85", "a\x0bstar"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    rows = [json.dumps({"image": "b.png", "text": text}, ensure_ascii=False) for text in texts[:2]]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    assert list(score.text_lines(tmp_path / "texts.txt").values()) == texts
+    assert score.listed_pairs(folder, tmp_path / "pairs.jsonl").texts == texts[:2]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_scored(
+    run_folder: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "scores_of", None)
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", Path("/proc")):
+        assert str(place) in mistake(capsys, run_folder, folder, "red", place / "scores.csv")
+
+
 def mistake(capsys: pytest.CaptureFixture[str], *given: Any) -> str:
     assert run(*given) == 2
     error = capsys.readouterr().err

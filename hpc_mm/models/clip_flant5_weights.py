@@ -57,8 +57,8 @@ def load_weights(model: ClipFlanT5Model, weights: str) -> None:
     path = Path(weights).expanduser()
     if path.is_file():
         load_projector(model, path)
-    elif (path / "run.json").is_file():
-        load_exported(model, dict(model.named_parameters()), exported_files(path), ("projector",))
+    elif (path / "run.json").is_file() and (exported := exported_files(path)):
+        load_exported(model, dict(model.named_parameters()), exported, ("projector",))
     elif (path / "config.json").is_file():
         load_released(model, path)
     else:

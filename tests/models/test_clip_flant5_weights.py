@@ -157,8 +157,10 @@ def test_what_export_wrote(config: Config, tmp_path: Path, lora: Lora) -> None:
 # ---------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize("weights", ["zhiqiulin/clip-flant5-xl", "{folder}/none.bin", "{folder}"])
+@pytest.mark.parametrize("weights", ["zhiqiulin/clip-flant5-xl", "{folder}/none.bin", "{folder}", "{folder}/run"])
 def test_a_path_is_never_a_hubs_name(config: Config, tmp_path: Path, weights: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")  # of a run, and not of what was exported
     with pytest.raises(ConfigError, match="there is none") as error:
         made(config(weights=weights.format(folder=tmp_path)))
     assert "\n" not in str(error.value)
