@@ -18,7 +18,7 @@ ALLOWED = {
     "data": {"config", "data"},
     "models": {"config", "models"},
     "objectives": {"config", "objectives"},
-    "recipes": {"config"},
+    "recipes": {"config", "recipes"},  # a variant calls another
 }
 
 

@@ -1,34 +1,15 @@
 """CLIP-FlanT5 at toy size on two CPU cores, second stage: projector and T5 learn to answer questions about shapes."""
 
-from hpc_mm.config import ClipFlanT5, Language, Loader, Run, Slurm, Source, Train, Vision
+from hpc_mm.config import Run, Source, Train
+from hpc_mm.recipes.clip_flant5_toy_stage1 import clip_flant5_toy_stage1
 
 
 def clip_flant5_toy_stage2() -> Run:
+    first = clip_flant5_toy_stage1()
     return Run(
         name="clip_flant5_toy_stage2",
         start="clip_flant5_toy_stage1",
-        model=ClipFlanT5(
-            vision=Vision(
-                architecture={"image_size": 64, "patch_size": 16, "layers": 3, "width": 128, "head_width": 32},
-                tokens="penultimate",
-            ),
-            language=Language(
-                tokenizer="store:shapes/chat-tokenizer.json",
-                architecture={
-                    "model_type": "t5",
-                    "d_model": 128,
-                    "d_kv": 32,
-                    "d_ff": 384,
-                    "num_layers": 3,
-                    "num_decoder_layers": 1,
-                    "num_heads": 4,
-                    "feed_forward_proj": "gated-gelu",
-                    "tie_word_embeddings": False,
-                },
-            ),
-            dropout=0.0,
-            trainable=("projector", "language"),
-        ),
+        model=first.model.model_copy(update={"trainable": ("projector", "language")}),
         sources={
             "questions": Source(
                 data="shapes/train-chats",
@@ -48,10 +29,10 @@ def clip_flant5_toy_stage2() -> Run:
             weight_decay=0.0,
             save_every=90,
         ),
-        loader=Loader(workers=0),
+        loader=first.loader,
         strategy="zero3",
-        precision="fp32",  # a CPU without bf16 units is three times slower in bf16
-        nodes=2,
-        gpus_per_node=0,
-        slurm=Slurm(time="30:00", cpus_per_task=1, memory="4G"),
+        precision=first.precision,
+        nodes=first.nodes,
+        gpus_per_node=first.gpus_per_node,
+        slurm=first.slurm,
     )
