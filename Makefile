@@ -4,11 +4,11 @@ BIN := .venv/bin
 
 .PHONY: demo test check bench chaos cluster clean
 
-# The main job at toy size: makes a corpus, trains on two local nodes, evaluates before and after, writes a report.
+# The main job at toy size: makes a corpus (few chats: they are for CLIP-FlanT5), trains on two local nodes, evaluates before and after, writes a report.
 demo: export HPC_MM_STORE = demo/data
 demo: export HPC_MM_RUNS = demo/runs
 demo: .venv/train.stamp
-	$(BIN)/python data_prep/shapes.py seed=0
+	$(BIN)/python data_prep/shapes.py seed=0 chats=60
 	$(BIN)/python -m hpc_mm.launch recipe=toy nodes=2 cluster=local
 	for step in 0 latest; do for name in toy toy_vqa; do \
 	  $(BIN)/python eval/$$name.py checkpoint=demo/runs/toy step=$$step cluster=local || exit; done; done
