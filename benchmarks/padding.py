@@ -42,7 +42,7 @@ def corpora(samples: int) -> dict[str, Lengths]:
 
 
 def lengths(texts: NDArray[Any], cut: NDArray[Any], images: NDArray[Any], prompt: int) -> Lengths:
-    question = np.floor(texts * cut)
+    question = np.minimum(np.floor(texts * cut), np.floor(texts) - 1)  # an answer has its end token at least
     columns = prompt + question, np.floor(texts) - question, images, np.floor(texts * 0.28)
     return Lengths(*(column.astype(np.int32) for column in columns))
 

@@ -215,8 +215,8 @@ def facts_of(
                 keeps = keeps and keep_facts(store, shard, rows)
             yield from ((shard.name, sample, row) for sample, row in enumerate(rows))
     if problems:
-        count, first = len(problems), problems[0]
-        logger.warning("questions of %d of %d shards were read from every sample again: %s", count, len(shards), first)
+        count, one = len(problems), min(problems)  # threads find them in any order
+        logger.warning("questions of %d of %d shards were read from every sample again: %s", count, len(shards), one)
 
 
 def kept_facts(store: Store, problems: list[str], shard: ShardInfo) -> list[Facts] | None:

@@ -39,19 +39,19 @@ def test_an_array_of_which_a_task_is_killed(shapes: Path, tmp_path: Path) -> Non
     jobs = submitted(evaluated(values, "toy_vqa", *array))
     assert list(jobs) == ["answer", "collect"] and len(jobs["answer"]) == 1
     watching = [sys.executable, "eval/toy_vqa.py", *array, "watch=true"]
-    watch = subprocess.Popen(watching, cwd=ROOT, env=values, stdout=subprocess.PIPE, text=True)
-    while not list((tmp_path / "array").glob("*/parts/*")):
-        time.sleep(0.1)
-    subprocess.run(["scancel", f"{jobs['answer'][0]}_1"], check=True)
-    wait(jobs["answer"][0])
-    assert wait(jobs["collect"][0]) == "CANCELLED", "not all is there to collect"
-    assert not (tmp_path / "array" / "results.json").exists()
-    assert watch.stdout is not None
-    assert any("Slurm has no job toy-toy_vqa-step-7-answer" in line for line in islice(watch.stdout, 60))
-    again = submitted(evaluated(values, "toy_vqa", *array))
-    assert wait(again["collect"][0]) == "COMPLETED"
-    said = watch.stdout.read()
-    assert watch.wait() == 0 and "2 shots, seed 1" in said
+    with subprocess.Popen(watching, cwd=ROOT, env=values, stdout=subprocess.PIPE, text=True) as watch:
+        while not list((tmp_path / "array").glob("*/parts/*")):
+            time.sleep(0.1)
+        subprocess.run(["scancel", f"{jobs['answer'][0]}_1"], check=True)
+        wait(jobs["answer"][0])
+        assert wait(jobs["collect"][0]) == "CANCELLED", "not all is there to collect"
+        assert not (tmp_path / "array" / "results.json").exists()
+        assert watch.stdout is not None
+        assert any("Slurm has no job toy-toy_vqa-step-7-answer" in line for line in islice(watch.stdout, 60))
+        again = submitted(evaluated(values, "toy_vqa", *array))
+        assert wait(again["collect"][0]) == "COMPLETED"
+        said = watch.stdout.read()
+    assert watch.returncode == 0 and "2 shots, seed 1" in said
     for trial in (tmp_path / "here").glob("*shot-s*"):
         rows = (trial / "openflamingo.jsonl").read_bytes()
         assert (tmp_path / "array" / trial.name / "openflamingo.jsonl").read_bytes() == rows
