@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +101,34 @@ def _random(language: Language, tokenizer: Any) -> Any:
 
 
 def _pretrained(language: Language) -> Any:
-    try:
+    where = f"language.name={language.name!r}"
+    with told(where):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             language.name,
             trust_remote_code=language.trust_remote_code,
             dtype=torch.float32,
             output_loading_info=True,
         )
+    refuse_missing(where, loaded)
+    return model
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """What transformers says of a model that it cannot load, in one line."""
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise ConfigError(f"language.name={language.name!r}: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"{where}: {str(error).strip().splitlines()[0]}") from None
     except StrictDataclassError as error:
-        raise ConfigError(f"language.name={language.name!r}: {str(error).splitlines()[-1].strip()}") from None
+        raise ConfigError(f"{where}: {str(error).splitlines()[-1].strip()}") from None
+
+
+def refuse_missing(where: str, loaded: Mapping[str, Any]) -> None:
+    """ConfigError where weights of a model were not in its files."""
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
-        raise ConfigError(f"language.name={language.name!r}: {len(missing)} weights are missing, such as {missing[0]}")
-    return model
+        raise ConfigError(f"{where}: {len(missing)} weights are missing, such as {missing[0]}")
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from hpc_mm.config import ConfigError, Language, unknown
-from hpc_mm.models.language_model import bare_tokenizer, named_tokenizer
+from hpc_mm.models.language_model import bare_tokenizer, named_tokenizer, refuse_missing, told
 from hpc_mm.models.token_head import head_output
 
 
@@ -133,7 +133,7 @@ def _random(language: Language, tokenizer: Any, dropout: float) -> Any:
 
 def _pretrained(language: Language, dropout: float) -> Any:
     where = f"language.name={language.name!r}"
-    try:
+    with told(where):
         config = AutoConfig.from_pretrained(language.name)
         if config.model_type != "t5":
             raise ConfigError(f"{where} is a {config.model_type}; it must be a T5, such as google/flan-t5-xl")
@@ -144,11 +144,5 @@ def _pretrained(language: Language, dropout: float) -> Any:
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: {str(error).strip().splitlines()[0]}") from None
-    except StrictDataclassError as error:
-        raise ConfigError(f"{where}: {str(error).splitlines()[-1].strip()}") from None
-    if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
-        raise ConfigError(f"{where}: {len(missing)} weights are missing, such as {missing[0]}")
+    refuse_missing(where, loaded)
     return model
