@@ -34,6 +34,7 @@ bench: .venv/all.stamp .venv-peers/peers.stamp
 	$(BIN)/python benchmarks/download.py
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/lengths.py
 	$(BIN)/python benchmarks/vqascore.py
 
 # What a shared cluster, a killed process and a failing store do, done on purpose: most of an hour on the cluster of make cluster.
@@ -68,7 +69,8 @@ clean:
 	.venv-peers/img2dataset/bin/pip install --quiet img2dataset==1.47.0
 	touch $@
 
-# On a machine with a GPU: parity in bf16, speed and memory beside open_flamingo, and the loader's rate. Under 8 minutes.
+# On a machine with a GPU: parity in bf16, speed and memory beside open_flamingo, the loader's rate, and VQAScore's.
 .PHONY: gpu
 gpu: .venv/all.stamp
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/vqascore.py size=xl device=cuda

@@ -5,7 +5,8 @@
 Batches of 96 in 16 micro-batches of 6, as CLIP-FlanT5 is trained. Texts have log-normal lengths (median 300 tokens,
 sigma 0.72, at most 2,048); LLaVA's sampler goes by words, of which there are fewer. Three corpora: texts on the
 encoder's side alone; texts cut anywhere into question and answer; half of these, and as many short ones with an image
-of 576 tokens. A step waits for the rank with most to do, of 8 with 2 micro-batches each. Last, forward and backward of
+of 576 tokens. A step waits for the rank with most to do, of 8 with 2 micro-batches each. Packed: a rank's 12 samples of
+a step in rows of at most 4,096 places, half of the rows in each micro-batch. Last, forward and backward of
 a small T5 over an epoch of the second corpus, at a quarter of the lengths.
 """
 
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 from transformers import T5Config, T5ForConditionalGeneration
 
 from hpc_mm.config import Source, parse_arguments
+from hpc_mm.data import packing
+from hpc_mm.data.batch import Row
 from hpc_mm.data.lengths import Lengths
 from hpc_mm.data.order import make_order
 
 BATCH, CHUNK, RANKS, SHARDS = 96, 6, 8, 12
+PACKED = 4096
 IMAGE_TOKENS, PROMPT, LONGEST = 576, 35, 2048
 ORDERS = {"random": "random", "LLaVA's sampler": "modality_length", "ours": "length"}
 
@@ -51,7 +55,8 @@ def micro_batches(found: Lengths, order: str) -> NDArray[np.int64]:
     """(steps, 16, 6): the samples of an epoch, without a last step that is smaller."""
     samples = len(found.encoder)
     sizes = np.full(SHARDS, samples // SHARDS)
-    source = Source(data="x", form="chat", template="t5_v1", order=order, batch=BATCH, chunk=CHUNK, max_tokens=LONGEST)
+    chunk = CHUNK if order == "modality_length" else 1
+    source = Source(data="x", form="chat", template="t5_v1", order=order, batch=BATCH, chunk=chunk, max_tokens=LONGEST)
     steps = make_order(source, sizes, 0, found, IMAGE_TOKENS)
     places = [steps.places(step, range(BATCH)) for step in range(samples // BATCH)]
     numbers = [[place.shard * sizes[0] + place.sample for place in step] for step in places if len(step) == BATCH]
@@ -66,6 +71,29 @@ def shares(found: Lengths, order: str) -> tuple[float, float]:
     padded = CHUNK * (encoder.max(-1) + decoder.max(-1))
     ranks = padded.reshape(len(padded), RANKS, -1).sum(-1)
     return float((encoder + decoder).sum() / padded.sum()), float((ranks.max(1) / ranks.mean(1)).mean())
+
+
+def packed_shares(found: Lengths) -> tuple[float, float]:
+    """As ``shares``, of the random order with several samples in a row."""
+    encoder, decoder = found.encoder + IMAGE_TOKENS * found.images, found.decoder
+    source = Source(
+        data="x", form="chat", template="t5_v1", batch=BATCH, max_tokens=LONGEST, pack_tokens=PACKED, pack_images=BATCH
+    )
+    nothing = np.zeros(0, np.int64)
+    padded = []
+    for step in micro_batches(found, "random").reshape(-1, RANKS, BATCH // RANKS):
+        for own in step.tolist():
+            samples = [Row(str(i), nothing, nothing, [], [], extra=int(encoder[i] + decoder[i])) for i in own]
+            of_rank = 0
+            for rows in packing.micro_batches(samples, source, by_length=False, count=BATCH // CHUNK // RANKS):
+                sizes = [[(encoder[int(one.id)], decoder[int(one.id)]) for one in row] for row in rows]
+                longest = np.max([np.sum(row, axis=0) for row in sizes] or [[1, 1]], axis=0)
+                of_rank += int(max(1, len(rows)) * longest.sum())
+            padded.append(of_rank)
+    ranks = np.array(padded).reshape(-1, RANKS)
+    chosen = micro_batches(found, "random")
+    real = (encoder + decoder)[chosen].sum() / ranks.sum()
+    return float(real), float((ranks.max(1) / ranks.mean(1)).mean())
 
 
 # ---------------------------------------------------------------- time
@@ -99,6 +127,8 @@ def main() -> None:
         for name, order in ORDERS.items():
             real, longest = shares(found, order)
             print(f"  {name:18}{real:11.3f}{longest:22.3f}", flush=True)
+        real, longest = packed_shares(found)
+        print(f"  {'random, packed':18}{real:11.3f}{longest:22.3f}", flush=True)
     found = corpora(int(arguments.get("timed", "480")))["questions and answers"]
     model = small_t5()
     seconds(model, found, "random", first=8)  # warm-up

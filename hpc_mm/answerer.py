@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from pydantic import Field
+
 from hpc_mm import checkpoint
 from hpc_mm.benchmark import Decoding
-from hpc_mm.config import ConfigError, Run, read_run, with_overrides
+from hpc_mm.checkpoint import LATEST
+from hpc_mm.config import ConfigError, Part, Positive, Run, read_run, with_overrides
 from hpc_mm.data.schema import Sample
 
 if TYPE_CHECKING:
@@ -72,12 +75,31 @@ class Running:
     device: str
 
 
+class ModelOptions(Part):
+    """Which weights, and how they run: what every command takes that loads a model."""
+
+    checkpoint: str = Field(description="folder of a run, or of weights that hpc_mm.export wrote")
+    step: str = Field(LATEST, description="of the run's checkpoints: latest, a number, or 0 = before training")
+    precision: Literal["run", "bf16", "fp32"] = Field("run", description="of the arithmetic; run = as in training")
+    batch: Positive = Field(
+        32, description="questions answered at once; pairs of image and text scored at once in bf16"
+    )
+    keep_mb: Positive = Field(1024, description="image features kept on the device, MiB")
+    gpus: int = Field(1, ge=0, le=1, description="GPUs of a process; 0 = it runs on CPUs")
+
+    def precision_of(self, run: Run) -> Literal["bf16", "fp32"]:
+        return run.precision if self.precision == "run" else self.precision
+
+    def running(self, run: Run, task: int | None = None) -> Running:
+        return Running(self.precision_of(run), self.batch, self.keep_mb * 2**20, device_of(task, self.gpus))
+
+
 def find(folder: str, step: str, digests: bool = True) -> Weights:
     """The weights that a command names, whole (``checkpoint.chosen``). ConfigError where there are none."""
     path = Path(folder).expanduser().absolute()
     run = read_run(path)
     if any(path.glob(EXPORTED)):
-        if step not in (checkpoint.LATEST, EXPORT):
+        if step not in (LATEST, EXPORT):
             raise ConfigError(f"step={step}: {path} holds exported weights of one step; leave it out")
         values = {"model.weights": str(path), "start": ""}  # what it began with is among them
         if (path / "tokenizer.json").exists():

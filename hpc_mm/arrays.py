@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from hpc_mm import chain, slurm
 from hpc_mm.command import ROOT, Submission, header, site_directives
 from hpc_mm.config import ConfigError, Slurm
 from hpc_mm.data.store import whole
-from hpc_mm.deadline import LAUNCHER
+from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
+from hpc_mm.local import visible_gpus
 from hpc_mm.site import read_site
 from hpc_mm.submission import frozen, locked, next_submission
 
@@ -32,6 +34,7 @@ class Stage:
     name: str
     tasks: int | None = None
     gpus: int = 0  # of each job
+    model: bool = False  # whether every job loads one
 
 
 @dataclass(frozen=True)
@@ -212,3 +215,38 @@ def refuse_if_active(work: Work) -> None:
     if active:
         job, _, stage = active[0].partition(" ")
         raise ConfigError(f"{stage} is in the queue: job {job}; scancel {job} ends it")
+
+
+def run_stages(work: Work, cluster: str, task: int | None, run: Callable[[str], None]) -> int:
+    """All stages of the work in their order; 0, or 1 where a task failed.
+
+    ``task``: this process is that one of its stage. ``run``: does a stage, or its task, here.
+    """
+    if task is None and wants_slurm(cluster):
+        queue(work, cluster)
+        return 0
+    if LAUNCHER in os.environ:
+        die_with_parent(signal.SIGTERM)  # else work whose launcher was killed would go on beside the next one
+    for stage in work.stages:
+        tasks, rooms = shares(stage) if task is None else (1, ())
+        if tasks > 1:
+            words = [word for word in work.words if not word.startswith("tasks=")]
+            code = run_tasks([sys.executable, *words, f"tasks={tasks}"], stage.name, tasks, rooms)
+            if code:
+                return code
+            continue
+        with ended_in_order():
+            run(stage.name)
+    return 0
+
+
+def shares(stage: Stage) -> tuple[int, Sequence[Mapping[str, str]]]:
+    """How many tasks of a stage there are here, and the room of each that runs at once.
+
+    A task loads its model once and takes its share of all, so there are no more of these than there is room for.
+    """
+    tasks = stage.tasks or 1
+    if tasks == 1 or not stage.model:
+        return tasks, room_of_cores()
+    rooms = room_of_models(visible_gpus() if stage.gpus else None)
+    return min(tasks, len(rooms)), rooms

@@ -89,7 +89,8 @@ def drawn(title: str, told: str, draw: Callable[[Axes], None]) -> str:
         axes = figure.add_subplot()
         draw(axes)
         axes.tick_params(length=0)
-        axes.set_ylim(bottom=0)
+        if axes.dataLim.ymin >= 0:  # a correlation may be below
+            axes.set_ylim(bottom=0)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()

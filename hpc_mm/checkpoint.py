@@ -366,12 +366,12 @@ def load(fragments: Sequence[Fragment], checkpoint: Path, rank: int = 0, ranks: 
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
+def opened(file: Path, framework: str = "pt") -> Iterator[Any]:
     """A file of weights. DamagedCheckpoint where its head is not that of its bytes."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as stored:
+        with safe_open(file, framework=framework) as stored:
             yield stored
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{file} is damaged: {error}") from None
@@ -427,10 +427,10 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def shapes_of(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a checkpoint by name."""
+    """Every parameter of a checkpoint by name. Needs no torch."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in checkpoint.glob("rank-*.safetensors"):
-        with opened(file) as stored:
+        with opened(file, "np") as stored:
             found = json.loads(stored.metadata()["shapes"])
         shapes.update({name: tuple(shape) for name, shape in found.items()})
     return shapes

@@ -21,6 +21,7 @@ from hpc_mm.config import ConfigError, Part, parse_arguments, with_overrides
 from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, open_store
 from hpc_mm.intervals import Difference, paired_bootstrap
 from hpc_mm.protocol import read_protocol, refuse_unlike
+from hpc_mm.results import Answered
 from hpc_mm.scoring import PERCENT
 
 Record = dict[str, Any]
@@ -68,9 +69,11 @@ def told(entries: Mapping[Key, object]) -> str:
 def entries(store: Store, options: Compare) -> dict[Key, list[Record]]:
     """Scores by these rules, by shots and selection, those of most trials first."""
     found: dict[Key, list[Record]] = {}
-    for entry in sorted(results.read(store)["scores"], key=lambda entry: -len(entry["trials"])):
-        if entry["rules"] == options.rules and (not options.shots or entry["shots"] in options.shots):
-            found.setdefault((entry["shots"], entry["selection"]), []).append(entry)
+    for entry in sorted(results.read(store).scores, key=lambda entry: -entry.count):
+        if not isinstance(entry, Answered):
+            raise ConfigError(f"{store.address} holds scores of images; the answers to questions are compared")
+        if entry.rules == options.rules and (not options.shots or entry.shots in options.shots):
+            found.setdefault((entry.shots, entry.selection), []).append(entry.model_dump())
     return found
 
 

@@ -151,11 +151,23 @@ class Source(Part):
     min_images: int = Field(1, ge=0, description="a document with fewer images that survive cutting is left out")
     drop_single_image: Probability = Field(0.0, description="probability of leaving out a document with one image")
     min_similarity: float | None = Field(None, description="leave out images whose similarity to their text is lower")
-    pack_tokens: int = Field(0, ge=0, description="tokens of a row that holds several samples; 0 = one sample per row")
+    pack_tokens: int = Field(0, ge=0, description="places of a row that holds several samples; 0 = one sample per row")
     pack_images: Positive = Field(24, description="images of a row that holds several samples")
     flip: Probability = Field(0.0, description="probability of mirroring an image (it mirrors text in the image too)")
     shuffle_shards: Positive = Field(16, description="shards whose samples are shuffled together")
     max_unreadable: Probability = Field(0.01, description="share of unreadable samples above which the run stops")
+
+    @model_validator(mode="after")
+    def no_value_is_without_effect(self) -> Source:
+        for name in ("min_images", "drop_single_image"):
+            value = getattr(self, name)
+            if self.form != "interleaved" and value != Source.model_fields[name].default:
+                raise ValueError(f"{name}={value} is of form=interleaved, not of form={self.form}: leave it out")
+        if not self.pack_tokens and self.pack_images != Source.model_fields["pack_images"].default:
+            raise ValueError(f"pack_images={self.pack_images} is of packed rows: give pack_tokens too, or leave it out")
+        if self.order != "modality_length" and self.chunk > 1:
+            raise ValueError(f"chunk={self.chunk} is of order=modality_length, not of order={self.order}: leave it out")
+        return self
 
     @model_validator(mode="after")
     def an_order_by_length_is_of_chats(self) -> Source:
@@ -175,8 +187,6 @@ class Source(Part):
             raise ValueError(f"form=chat wants a template, one of {', '.join(get_args(Template))}")
         if self.form != "chat" and self.template is not None:
             raise ValueError(f"template={self.template} is for form=chat alone; form={self.form} has none")
-        if self.form == "chat" and self.pack_tokens:
-            raise ValueError(f"pack_tokens={self.pack_tokens} must be 0 with form=chat, of one sample per row")
         return self
 
     @model_validator(mode="after")
@@ -229,7 +239,9 @@ class Evaluate(Part):
         "each is kept until its scores are there; 0 = none",
     )
     benchmarks: dict[str, str] = Field(
-        {}, description='script of eval/ -> its words: evaluate.benchmarks.coco="data=coco shots=0,4 tasks=4"'
+        {},
+        description="script of eval/, or benchmark of eval/vqascore.py -> its words: "
+        'evaluate.benchmarks.coco="data=coco shots=0,4 tasks=4"',
     )
 
 
@@ -309,6 +321,12 @@ class Run(Part):
         for name, source in self.sources.items():
             if source.form not in forms:
                 raise ValueError(f"sources.{name}.form={source.form}: {self.model.family} takes {' or '.join(forms)}")
+        return self
+
+    @model_validator(mode="after")
+    def what_is_sorted_is_in_no_order(self) -> Run:
+        if self.loader.by_length and all(source.order != "random" for source in self.sources.values()):
+            raise ValueError("loader.by_length=true is of sources of order=random, and there is none: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,8 @@
 The folder holds ``model.safetensors`` (in several files with an index above 5 GB) with every trained parameter by its
 name in the model, ``run.json``, and the run's tokenizer where it has one of its own; of a run with LoRA also
 ``adapter``, the folder that ``peft.PeftModel.from_pretrained`` puts upon the language model. Frozen weights are those
-of the models that run.json names. ``model.weights=FOLDER`` starts another run from it.
+of the models that run.json names; of a run with ``model.weights`` they are in the file too. ``model.weights=FOLDER``
+starts another run from it.
 
 ``form=released`` writes a CLIP-FlanT5 as the folder that upstream's loader reads, ``form=projector`` its projector
 alone, as ``mm_projector.bin`` in the folder; ``model.weights`` starts from both, from the latter by the file.
@@ -16,13 +17,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from hpc_mm import checkpoint
 from hpc_mm.answerer import Weights, trained
-from hpc_mm.config import ClipFlanT5, ConfigError, Part, Run, parse_arguments, read_run, with_overrides
+from hpc_mm.config import ClipFlanT5, ConfigError, Part, parse_arguments, read_run, with_overrides
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Export(Part):
@@ -47,10 +51,11 @@ def export(options: Export) -> Path:
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     aside.mkdir(parents=True)
     try:
+        weights = Weights(run, folder, str(checkpoint.step_of(found)))
         if options.form == "ours":
-            write_ours(options, run, found, aside)
+            write_ours(options, weights, aside)
         else:
-            write_upstreams(options, Weights(run, folder, str(checkpoint.step_of(found))), aside)
+            write_upstreams(options, weights, aside)
         if (folder / "tokenizer.json").exists():
             shutil.copy2(folder / "tokenizer.json", aside)
         aside.rename(out)
@@ -59,21 +64,31 @@ def export(options: Export) -> Path:
     return found
 
 
-def write_ours(options: Export, run: Run, found: Path, folder: Path) -> None:
-    """The weights of the checkpoint ``found``, over those that the run began with; run.json, and LoRA's updates."""
+def weights_of(found: Weights) -> dict[str, Tensor]:
+    """What the checkpoint holds, over what the run began with; all weights where ``model.weights`` gave some."""
+    assert found.checkpoint is not None
+    if found.run.model.weights:
+        model, _ = trained(found, "fp32")
+        return {name: value.detach() for name, value in model.named_parameters()}
+    began = checkpoint.read_weights(Path(found.run.start)) if found.run.start else {}
+    return {**began, **checkpoint.read_weights(found.checkpoint)}
+
+
+def write_ours(options: Export, found: Weights, folder: Path) -> None:
+    """The weights, run.json, and LoRA's updates."""
     import torch
     from huggingface_hub import save_torch_state_dict
 
-    began = checkpoint.read_weights(Path(run.start)) if run.start else {}
-    weights = {**began, **checkpoint.read_weights(found)}
+    run, weights = found.run, weights_of(found)
     if options.precision == "bf16":
         weights = {name: value.to(torch.bfloat16) for name, value in weights.items()}
     save_torch_state_dict(weights, folder)
     (folder / "run.json").write_text(run.model_dump_json(indent=2))
     if isinstance(run.model, ClipFlanT5) and run.model.lora.rank:
-        from hpc_mm.models.lora import save_adapter
+        from hpc_mm.models.lora import UPDATE, save_adapter
 
-        save_adapter(run.model.lora, run.model.language.name, weights, folder / "adapter")
+        below = any(name.startswith("language.") and UPDATE not in name for name in weights)
+        save_adapter(run.model.lora, "" if below else run.model.language.name, weights, folder / "adapter")
 
 
 def write_upstreams(options: Export, weights: Weights, folder: Path) -> None:

@@ -9,7 +9,9 @@ items which it is of.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -26,8 +28,9 @@ from hpc_mm.agreement import (
     pearson_each,
     tie_calibration,
 )
-from hpc_mm.benchmark import doubled
+from hpc_mm.benchmark import digest, doubled
 from hpc_mm.config import ConfigError, unknown
+from hpc_mm.data.store import version_of
 from hpc_mm.faithfulness_files import Item
 from hpc_mm.intervals import Interval, mean_interval
 from hpc_mm.metrics import roc_auc_each
@@ -36,6 +39,7 @@ Floats = NDArray[np.float64]
 Figures = dict[str, Interval]
 
 TOLD = 3  # of several missing images
+STATS, AT_ONCE = 32, 64  # threads that look at images, and images of a thread's turn
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,10 @@ class Reader:
 
 
 def read(benchmark: str, folder: Path) -> list[Item]:
-    """The items of a benchmark in their published order, all checked before any work.
+    """The items of a benchmark in their published order, all checked before any work but for their images.
 
     ConfigError for an unknown benchmark, an annotation file that is missing, damaged or another, an id that is there
-    twice, an image outside the folder, and images that are missing, listed and counted.
+    twice, and an image outside the folder.
     """
     reader = _known(benchmark)
     absent = [name for name in reader.files if not (folder / name).is_file()]
@@ -65,15 +69,33 @@ def read(benchmark: str, folder: Path) -> list[Item]:
     twice = doubled(item.id for item in items)
     if twice is not None:
         raise ConfigError(f"{folder}: item {twice} of {benchmark} is there twice")
-    names = list(dict.fromkeys(name for item in items for name in item.images))
-    for name in names:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    for name in image_names(items):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise ConfigError(f"{folder}: image {name!r} of {benchmark} is not inside the folder")
-    missing = [name for name in names if not (folder / name).is_file()]
+    return items
+
+
+def image_names(items: Sequence[Item]) -> list[str]:
+    return list(dict.fromkeys(name for item in items for name in item.images))
+
+
+def image_versions(benchmark: str, items: Sequence[Item], folder: Path) -> str:
+    """What names the images' bytes as they lie there: a digest of their names, sizes and times (whole seconds, since a
+    file system may forget the rest), for reading all of them takes too long. ConfigError where images are missing,
+    listed and counted."""
+    names = image_names(items)
+
+    def looked_at(start: int) -> list[tuple[int, int] | None]:
+        return [version_of(folder / name) for name in names[start : start + AT_ONCE]]
+
+    with ThreadPoolExecutor(STATS, "images") as threads:  # a network's file system answers each after a while
+        versions = [one for some in threads.map(looked_at, range(0, len(names), AT_ONCE)) for one in some]
+    missing = [name for name, version in zip(names, versions, strict=True) if version is None]
     if missing:
         first = ", ".join(missing[:TOLD]) + (", ..." if len(missing) > TOLD else "")
         raise ConfigError(f"{folder}: {len(missing):,} of {len(names):,} images of {benchmark} are missing: {first}")
-    return items
+    found = ((name, *version) for name, version in zip(names, versions, strict=True) if version)
+    return digest(json.dumps((name, time // 10**9, size)) for name, time, size in found)
 
 
 def image_bytes(file: Path) -> bytes:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hpc_mm import checkpoint
 from hpc_mm.config import ConfigError, ImageSpec, Run
+from hpc_mm.models.weight_files import places
 
 
 class Model(Protocol):
@@ -67,7 +68,7 @@ def begin_with(model: nn.Module, start: Path) -> None:
         problem = str(error)
     if problem:
         raise ConfigError(f"start={start}: {problem}")
-    parameters = dict(model.named_parameters())
+    parameters = places(model)
     for name, value in weights.items():
         if name not in parameters or parameters[name].shape != value.shape:
             found = f"shape {tuple(parameters[name].shape)}" if name in parameters else "no such parameter"

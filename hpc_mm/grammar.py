@@ -154,6 +154,8 @@ def one_line(error: ValidationError, kind: type[Part]) -> str:
             problems.append(f"{key} is missing")
         elif not key:
             problems.append(message)
+        elif isinstance(found["input"], dict):  # the message names what of the part is meant
+            problems.append(f"{key}: {message[0].lower()}{message[1:]}")
         else:
             problems.append(f"{key}={found['input']!r}: {message[0].lower()}{message[1:]}")
     return "; ".join(problems)

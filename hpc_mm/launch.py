@@ -102,7 +102,7 @@ def show(run: Run, submission: Submission) -> int:
     if run.start:
         print(f"#   that {run.start} has a checkpoint of such a model")
     for name in run.evaluate.benchmarks if run.evaluate.every else ():
-        print(f"#   that {name} has whole shards to be evaluated on, every {run.evaluate.every} steps")
+        print(f"#   that the data of {name} are there, to be evaluated on every {run.evaluate.every} steps")
     print(
         f"#   whether {submission.run_folder} holds another run (a launch writes it, with the code that the job runs)"
     )
@@ -112,10 +112,11 @@ def show(run: Run, submission: Submission) -> int:
 def check_data(run: Run, folder: Path) -> None:
     """Every source has whole shards with samples in them, and they can be read from here; weights and benchmarks are
     there."""
-    from hpc_mm.config import ConfigError
+    from hpc_mm.config import ConfigError, read_run
     from hpc_mm.data.lengths import check_lengths
     from hpc_mm.data.shards import check_shards
     from hpc_mm.data.store import open_store
+    from hpc_mm.submission import refuse_other_updates
 
     for name, source in run.sources.items():
         try:
@@ -128,6 +129,8 @@ def check_data(run: Run, folder: Path) -> None:
     weights = run.model.weights  # of a path alone, in every family
     if weights and not Path(weights).expanduser().exists():
         raise ConfigError(f"model.weights={weights}: there is no such file or folder")
+    if weights and (Path(weights).expanduser() / "run.json").is_file():  # what hpc_mm.export wrote
+        refuse_other_updates(f"model.weights={weights}", read_run(Path(weights).expanduser()), run)
     if run.evaluate.every:
         from hpc_mm import scheduled
 

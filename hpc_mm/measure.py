@@ -7,8 +7,6 @@ jobs (tasks=N cluster=auto|slurm|local|print). What is done is skipped.
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,12 +15,11 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from hpc_mm.arrays import Stage, Work, queue, room_of_cores, run_tasks, wants_slurm
+from hpc_mm.arrays import Stage, Work, run_stages
 from hpc_mm.config import ConfigError, Part, Positive, Run, parse_arguments, read_run, validated, with_overrides
 from hpc_mm.data.lengths import count, goes_by_length, name_of, shards_to_do
 from hpc_mm.data.shards import BrokenShard, read_manifest
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store, whole
-from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
 from hpc_mm.launch import resolve
 from hpc_mm.site import read_site
 from hpc_mm.submission import frozen_tokenizer
@@ -100,8 +97,8 @@ def words_of(run: Run, options: Options, given: dict[str, str]) -> list[str]:
     return [f"recipe={options.recipe}", *kept, *(f"{key}={value}" for key, value in places.items())]
 
 
-def jobs(run: Run, options: Options, words: Sequence[str]) -> Work:
-    """The tasks as Slurm gets them."""
+def work_for(run: Run, options: Options, words: Sequence[str]) -> Work:
+    """The tasks as jobs, by this command again."""
     language = run.model.language
     files = [file for file in (language.tokenizer, language.name) if "/" in file and Path(file).exists()]
     return Work(
@@ -129,20 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"lengths to count: {names}" if shards else f"{run.name}: no lengths are to be counted")
         if not shards:
             return 0
-        if options.task is None and wants_slurm(options.cluster):
-            queue(jobs(run, options, words_of(run, options, given)), options.cluster)
-            return 0
-        if options.task is None and options.tasks > 1:
-            words = [f"tasks={options.tasks}", "cluster=local", *words_of(run, options, given)]
-            return run_tasks([sys.executable, "-m", "hpc_mm.measure", *words], STAGE, options.tasks, room_of_cores())
-        if options.task is not None and LAUNCHER in os.environ:
-            die_with_parent(signal.SIGTERM)
-        with ended_in_order():
-            measure(run, todo)
+        work = work_for(run, options, words_of(run, options, given))
+        return run_stages(work, options.cluster, options.task, lambda _: measure(run, todo))
     except (ConfigError, StoreError, MissingKey, BrokenShard, OSError) as error:
         print(f"hpc_mm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

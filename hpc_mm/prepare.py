@@ -7,9 +7,7 @@ shards, ``verify`` checks what came out. Each skips what is done, so any of them
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,22 +18,23 @@ from typing import Any, ClassVar, Generic, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hpc_mm import pack
-from hpc_mm.arrays import Stage, Work, queue, room_of_cores, run_tasks, wants_slurm
+from hpc_mm.arrays import Stage, Work, run_stages
 from hpc_mm.config import ConfigError, Positive, Slurm, unknown
 from hpc_mm.data.documents import BrokenRecord
 from hpc_mm.data.filters import Filters
 from hpc_mm.data.pace import Pace
-from hpc_mm.data.parts import SourcePart, changes
+from hpc_mm.data.parts import changes
 from hpc_mm.data.recode import Recode
 from hpc_mm.data.records import DamagedFile
 from hpc_mm.data.schema import image_key
 from hpc_mm.data.store import MissingKey, Store, StoreDown, StoreError, checked, open_store, whole
 from hpc_mm.data.wanted import PART_URLS, Plan, make_plan, read_plan
 from hpc_mm.data.web import MEANING, MISSING, NOT_AN_IMAGE, Web
-from hpc_mm.deadline import LAUNCHER, die_with_parent, ended_in_order
+from hpc_mm.deadline import ended_in_order
 from hpc_mm.site import read_options
 
 STAGES = ("plan", "fetch", "pack", "verify")
+READING = {"plan", "pack"}  # stages that read the source
 SHARED = ("fetch", "pack")  # stages that several tasks divide
 SNAPSHOT = ("hpc_mm", "data_prep", "sbatch")  # what a job reads of the checkout
 RECODED = ".recode.json"  # in a store of images, how they were made; hidden in a folder, and no SHA-256
@@ -288,24 +287,6 @@ def run_stage(stage: str, options: Preparation, corpus: Corpus[Any]) -> None:
 # ---------------------------------------------------------------- where they run
 
 
-def run_here(stages: Sequence[str], words: Sequence[str], options: Preparation, corpus: Corpus[Any]) -> int:
-    """The stages in turn in this process, those that tasks share in a process per task."""
-    if options.task is not None and LAUNCHER in os.environ:
-        # Else a task whose launcher was killed would go on beside the next one; a task by hand has none.
-        die_with_parent(signal.SIGTERM)
-    for stage in stages:
-        if stage not in SHARED or options.tasks == 1 or options.task is not None:
-            with ended_in_order():
-                run_stage(stage, options, corpus)
-            continue
-        if stage == "pack":  # once for all tasks: a file on the web is copied, a mistake told
-            pack.check_first(options, *first_part(options))
-        code = run_tasks([sys.executable, *script_words(words, options)], stage, options.tasks, room_of_cores())
-        if code:
-            return code
-    return 0
-
-
 def script_words(words: Sequence[str], options: Preparation) -> list[str]:
     """This command again, for one stage and task of it here; addresses whole, since jobs run in another folder."""
     gone = {"stage", "task", "cluster", "source", "out", "images", "filters.against"}
@@ -316,8 +297,8 @@ def script_words(words: Sequence[str], options: Preparation) -> list[str]:
     return [f"data_prep/{Path(sys.argv[0]).name}", "cluster=local", *places, *kept]
 
 
-def jobs(stages: Sequence[str], words: Sequence[str], options: Preparation) -> Work:
-    """The stages as Slurm gets them."""
+def work_for(stages: Sequence[str], words: Sequence[str], options: Preparation) -> Work:
+    """The stages as jobs, by this command again."""
     name = options.name or Path(options.out.rstrip("/")).name
     return Work(
         name=name,
@@ -343,17 +324,12 @@ def main(
         options = read_options(kind, words)
         every = STAGES if options.FETCHES else STAGES[2:]
         stages = every if options.stage == "all" else (options.stage,)
-        if options.task is None and wants_slurm(options.cluster):
-            if options.cluster != "print":  # before the queue, not in it
-                pack.check_first(options, *first_part(options))
-            queue(jobs(stages, words, options), options.cluster)
-            return 0
-        return run_here(stages, words, options, Corpus(urls, arrange))
+        if options.task is None and options.cluster != "print" and READING.intersection(stages):
+            with ended_in_order():  # once for all tasks, before any queue: a file on the web is copied, a mistake told
+                store, parts = options.parts()
+                pack.check_first(options, store, parts[0])
+        corpus, work = Corpus(urls, arrange), work_for(stages, words, options)
+        return run_stages(work, options.cluster, options.task, lambda stage: run_stage(stage, options, corpus))
     except (ConfigError, StoreError, MissingKey, StoreDown, OSError, MemoryError) as error:  # OSError: of disks
         print(str(error) or repr(error), file=sys.stderr)
         return 2
-
-
-def first_part(options: Preparation) -> tuple[Store, SourcePart]:
-    store, parts = options.parts()
-    return store, parts[0]

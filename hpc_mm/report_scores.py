@@ -17,15 +17,14 @@ from hpc_mm.data.shards import BrokenShard, ShardReader, read_manifest
 from hpc_mm.data.store import MissingKey, StoreError, open_store
 from hpc_mm.gallery import interval, thumbnail
 from hpc_mm.page import picture
-from hpc_mm.protocol import RICES
-from hpc_mm.results import Record, read_rows
-from hpc_mm.rules import OPENFLAMINGO
+from hpc_mm.results import VQASCORE, Answered, Entry, Judged, read_rows
 from hpc_mm.run_scores import RunScore
 from hpc_mm.trials import QUESTIONS, read_questions, some_of
 
 METRICS = {"cider": "CIDEr", "vqa-accuracy": "VQA accuracy", "okvqa-accuracy": "VQA accuracy", "roc-auc": "ROC AUC"}
+METRICS |= {VQASCORE: "VQAScore", "p_yes": "P(Yes)"}
 CAPTIONS = "cider"  # the metric of captions
-COLUMNS = ("Benchmark", "Step", "Shots", "Metric", "Score", "95 % interval", "Page", "Protocol")
+COLUMNS = ("Benchmark", "Step", "Which", "Metric", "Score", "95 % interval", "Page", "Protocol")
 STYLE = """
 a { color: var(--accent); }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(min(184px, 100%), 1fr)); }
@@ -35,68 +34,61 @@ a { color: var(--accent); }
 .scores td { white-space: nowrap; padding-right: 24px; font-variant-numeric: tabular-nums; }
 .scores :is(th, td):is(:nth-child(2), :nth-child(5)) { text-align: right; }
 .scores .protocol { white-space: normal; min-width: 32ch; padding-right: 0; }
+details > .table { margin-top: 8px; }
+.table + details { margin-top: 16px; }
 .scores tbody tr:first-child > * { border-top: 1px solid var(--rule); }
 """
 
 
 @dataclass(frozen=True)
 class Series:
-    """The scores of one protocol over a run's steps: all that one line may connect."""
+    """One score of a benchmark by one protocol, over a run's steps: all that one line may connect."""
 
     benchmark: str
-    label: str  # such as "4 shots": no other series of the benchmark has it
+    label: str  # such as "4 shots", or "group": no other series of its benchmark and metric has it
     alone: bool  # the benchmark has no other series
-    points: list[tuple[RunScore, Record]]  # evaluation and its entry, first step first
+    points: list[tuple[RunScore, Entry]]  # evaluation and its entry, first step first
 
     @property
-    def first(self) -> Record:
+    def first(self) -> Entry:
         return self.points[0][1]
 
     @property
     def metric(self) -> str:
-        name: str = self.first["metric"]
-        return METRICS.get(name, name)
+        return METRICS.get(self.first.metric, self.first.metric)
 
     @property
     def line(self) -> Line:
-        return Line(self.label, [one.step for one, _ in self.points], [entry["score"] for _, entry in self.points])
+        return Line(self.label, [one.step for one, _ in self.points], [entry.score for _, entry in self.points])
 
     def __str__(self) -> str:
         which = "" if self.alone else f" ({self.label})"
-        told = ", ".join(f"{entry['score']:.1f} at step {one.step:,}" for one, entry in self.points)
-        return f"{self.benchmark} {self.first['metric']}{which} {told}"
+        told = ", ".join(f"{entry.score:.1f} at step {one.step:,}" for one, entry in self.points)
+        return f"{self.benchmark} {self.first.metric}{which} {told}"
 
 
 def series_of(evaluations: Sequence[RunScore]) -> list[Series]:
-    """By benchmark, then OpenFlamingo's rules before others, then few shots before many, then most steps first."""
-    found: dict[tuple[str, str], list[tuple[RunScore, Record]]] = {}
+    """By benchmark, then its first group (OpenFlamingo's rules, VQAScore) before others, then as they rank there (few
+    shots before many), then most steps first."""
+    found: dict[tuple[str, str, str], list[tuple[RunScore, Entry]]] = {}
     for one in evaluations:
         for entry in one.entries:
-            found.setdefault((one.benchmark, entry["protocol"]), []).append((one, entry))
-    counts = Counter(benchmark for benchmark, _ in found)
-    labels = Counter[tuple[str, str]]()
+            found.setdefault((one.benchmark, entry.name, entry.protocol), []).append((one, entry))
+    counts = Counter(benchmark for benchmark, _, _ in found)
+    names = Counter[tuple[str, str]]()
     series = []
-    for benchmark, protocol in sorted(found, key=lambda key: order(key[0], found[key])):
-        points = found[benchmark, protocol]
-        label = label_of(points[0][1])
-        labels[benchmark, label] += 1
-        number = labels[benchmark, label]
+    for benchmark, name, protocol in sorted(found, key=lambda key: order(key, found[key])):
+        points = found[benchmark, name, protocol]
+        names[benchmark, name] += 1
+        number = names[benchmark, name]
         unlike = f", protocol {number}" if number > 1 else ""  # such as of fewer questions; the table tells which
-        series.append(Series(benchmark, label + unlike, counts[benchmark] == 1, points))
+        series.append(Series(benchmark, points[0][1].label + unlike, counts[benchmark] == 1, points))
     return series
 
 
-def order(benchmark: str, points: Sequence[tuple[RunScore, Record]]) -> tuple[Any, ...]:
-    entry = points[0][1]
-    foreign = entry["rules"] != OPENFLAMINGO.name
-    kind = (benchmark, foreign, entry["rules"], entry["shots"], entry["selection"])
-    return *kind, -len(points), entry["protocol"]
-
-
-def label_of(entry: Record) -> str:
-    similar = ", similar" if entry["selection"] == RICES else ""
-    rules = "" if entry["rules"] == OPENFLAMINGO.name else f", {entry['rules']}"
-    return f"{entry['shots']} {'shot' if entry['shots'] == 1 else 'shots'}{similar}{rules}"
+def order(key: tuple[str, str, str], points: Sequence[tuple[RunScore, Entry]]) -> tuple[Any, ...]:
+    (benchmark, _, protocol), entry = key, points[0][1]
+    return benchmark, entry.group, entry.rank, -len(points), protocol
 
 
 def by_benchmark(series: Sequence[Series]) -> dict[str, list[Series]]:
@@ -107,8 +99,8 @@ def by_benchmark(series: Sequence[Series]) -> dict[str, list[Series]]:
 
 
 def main_of(series: Sequence[Series]) -> Series:
-    """Of one benchmark: by the first rules the one of most steps."""
-    return max(series, key=lambda one: (one.first["rules"] == series[0].first["rules"], len(one.points)))
+    """Of one benchmark: of its first group the one of most steps."""
+    return max(series, key=lambda one: (one.first.group == series[0].first.group, len(one.points)))
 
 
 # ---------------------------------------------------------------- scores
@@ -120,20 +112,30 @@ def tiles(series: Sequence[Series]) -> list[tuple[str, str]]:
     for name, some in by_benchmark(series).items():
         one = main_of(some)
         ends = (one.points[0], one.points[-1]) if len(one.points) > 1 else one.points
-        told = " → ".join(f"{entry['score']:.1f}" for _, entry in ends)
+        told = " → ".join(f"{entry.score:.1f}" for _, entry in ends)
         found.append((told, f"{one.metric}, {name}, {one.label}"))
     return found
 
 
 def section(folder: Path, evaluations: Sequence[RunScore], series: Sequence[Series]) -> str:
-    """A chart of every benchmark that was scored at several steps, and a table of all scores."""
-    charts = []
+    """A chart of every benchmark that was scored at several steps, and a table of all scores.
+
+    Figures of parts of the items, and by other ways than VQAScore, are many: they stand in a table to open.
+    """
+    charts, shown, folded = [], list[Series](), list[Series]()
     for name, some in by_benchmark(series).items():
-        lines = [one.line for one in some if one.first["rules"] == some[0].first["rules"]]
-        if any(len(line.steps) > 1 for line in lines):
-            charts.append(chart(f"{name}: {some[0].metric}", some[0].metric, lines))
+        main = [one for one in some if one.first.group == some[0].first.group]
+        if any(len(one.points) > 1 for one in main):
+            alone = f", {main[0].label}" if len(main) == 1 else ""
+            charts.append(chart(f"{name}: {main[0].metric}{alone}", main[0].metric, [one.line for one in main]))
+        shown += main
+        for one in some[len(main) :]:
+            (folded if isinstance(one.first, Judged) else shown).append(one)
     figures = f'<div class="charts">{"".join(charts)}</div>\n' if charts else ""
-    return f"<h2>Evaluation</h2>\n{figures}{table(folder, evaluations, series)}"
+    more = (
+        f"<details><summary>Further figures</summary>{table(folder, evaluations, folded)}</details>" if folded else ""
+    )
+    return f"<h2>Evaluation</h2>\n{figures}{table(folder, evaluations, shown)}{more}"
 
 
 def table(folder: Path, evaluations: Sequence[RunScore], series: Sequence[Series]) -> str:
@@ -141,17 +143,15 @@ def table(folder: Path, evaluations: Sequence[RunScore], series: Sequence[Series
     head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
     rows = []
     for some in series:
-        protocol = (
-            f'<td class="protocol" rowspan="{len(some.points)}"><code>{escape(some.first["protocol"])}</code></td>'
-        )
+        protocol = f'<td class="protocol" rowspan="{len(some.points)}"><code>{escape(some.first.protocol)}</code></td>'
         for one, entry in some.points:
             cells = (
                 escape(some.benchmark),
                 f"{one.step:,}",
                 escape(some.label),
                 escape(some.metric),
-                f"<b>{entry['score']:.1f}</b>",
-                interval(entry["low"], entry["high"]),
+                f"<b>{entry.score:.1f}</b>",
+                interval(entry.low, entry.high),
                 pages[one.folder],
             )
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + f"{protocol}</tr>")
@@ -175,13 +175,16 @@ def link(folder: Path, one: RunScore) -> str:
 
 
 def gallery(series: Sequence[Series], samples: int) -> str:
-    """Held-out images with a true answer and what the model says, before and after."""
-    one = shown(series)
+    """Held-out images with a true answer and what the model says, before and after; nothing where none was asked."""
+    asking = [one for one in series if isinstance(one.first, Answered)]
+    if not asking:
+        return ""
+    one = for_gallery(asking)
     last = one.points[-1][0]
     store = open_store(str(last.folder))
     try:
         asked = read_questions(store, QUESTIONS)
-        said = {evaluation.step: answers(evaluation, entry) for evaluation, entry in one.points}
+        said = {some.step: answers(some, entry) for some, entry in one.points if isinstance(entry, Answered)}
     except MissingKey as missing:
         raise ConfigError(f"{missing}, which its results are of: run the evaluation again") from None
     asked = some_of(asked, min(samples, len(asked)))
@@ -194,15 +197,15 @@ def gallery(series: Sequence[Series], samples: int) -> str:
     return f'<h2>Held-out images</h2>\n<p>{escape(explained)}</p>\n<div class="samples">' + "\n".join(cards) + "</div>"
 
 
-def shown(series: Sequence[Series]) -> Series:
+def for_gallery(series: Sequence[Series]) -> Series:
     """The first benchmark that was scored at several steps, one of captions if there is any."""
     some = [main_of(one) for one in by_benchmark(series).values()]
-    return min(some, key=lambda one: (len(one.points) == 1, one.first["metric"] != CAPTIONS))
+    return min(some, key=lambda one: (len(one.points) == 1, one.first.metric != CAPTIONS))
 
 
-def answers(evaluation: RunScore, entry: Record) -> dict[str, str]:
+def answers(evaluation: RunScore, entry: Answered) -> dict[str, str]:
     """What the model said in the first trial, by question."""
-    rows = read_rows(open_store(str(evaluation.folder)), entry["trials"][0]["file"])
+    rows = read_rows(open_store(str(evaluation.folder)), entry.trials[0].file)
     return {row["id"]: row["text"].strip() for row in rows}
 
 

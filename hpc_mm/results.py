@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Discriminator, Tag
 
 from hpc_mm import challenge, evaluations, ok_vqa
 from hpc_mm.benchmark import Benchmark
@@ -22,6 +23,7 @@ from hpc_mm.tracking import wandb_run
 from hpc_mm.trials import Planned, Trial, protocol
 
 RESULTS = evaluations.RESULTS
+VQASCORE: Literal["vqascore"] = "vqascore"  # as the paper has it
 Record = dict[str, Any]
 
 
@@ -35,31 +37,101 @@ class OfTrial(Part, extra="allow"):  # a later version's keys are kept, here and
     high: float | None
 
 
-class Result(Part, extra="allow"):
-    """The score of one protocol: the mean of its trials."""
+class Score(Part, extra="allow"):
+    """A score times 100, and the ends of its 95 % interval, of which a single question has none."""
 
-    shots: int
-    selection: str
     metric: str
-    rules: str
     score: float
     low: float | None
     high: float | None
+    protocol: str
+
+
+class Answered(Score):
+    """What answers scored by one protocol: the mean of its trials."""
+
+    shots: int
+    selection: str
+    rules: str
     others: dict[str, float]  # further metrics
     trials: list[OfTrial]
-    protocol: str
     values: dict[str, Any]  # of the protocol
+
+    @property
+    def name(self) -> str:
+        """Below its benchmark, among the names of metrics."""
+        shots = f"{self.shots}shot" + (f"-{RICES}" if self.selection == RICES else "")
+        return "/".join((shots, self.metric, *(() if self.rules == OPENFLAMINGO.name else (self.rules,))))
+
+    @property
+    def label(self) -> str:
+        """What tells it from others of its benchmark."""
+        similar = ", similar" if self.selection == RICES else ""
+        rules = "" if self.rules == OPENFLAMINGO.name else f", {self.rules}"
+        return f"{self.shots} {'shot' if self.shots == 1 else 'shots'}{similar}{rules}"
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What belongs on one chart, the first group of a benchmark on that which is shown."""
+        return (self.rules != OPENFLAMINGO.name, self.rules)
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Its place in its group."""
+        return (self.shots, self.selection)
+
+    @property
+    def count(self) -> int:
+        """Trials that it is the mean of."""
+        return len(self.trials)
+
+
+class Judged(Score):
+    """A figure of how faithfully images show texts; ``metric``: how each pair is scored."""
+
+    figure: str  # a slash divides its name from that of the part of the items that it is of
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric}/{self.figure}"
+
+    @property
+    def label(self) -> str:
+        return self.figure.replace("/", ", ")
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        return (self.metric != VQASCORE, self.metric, "/" in self.figure)
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        return ()  # as they were written
+
+    @property
+    def count(self) -> int:
+        return 1
+
+
+Entry = Answered | Judged
+
+
+def kind_of(scores: Any) -> str:
+    judged = isinstance(scores, list) and any(
+        isinstance(one, Judged) or (isinstance(one, dict) and "figure" in one) for one in scores
+    )
+    return "judged" if judged else "answered"
 
 
 class Results(Part, extra="allow"):
     """results.json."""
 
     benchmark: str
-    data: str  # address of the benchmark's shards
+    data: str  # address of the benchmark's shards, or the folder of its published files
     checkpoint: str
     step: str
-    questions: int
-    scores: list[Result]
+    scores: Annotated[  # all of one kind, so that an error tells what is wrong in that
+        Annotated[list[Answered], Tag("answered")] | Annotated[list[Judged], Tag("judged")], Discriminator(kind_of)
+    ]
 
 
 @dataclass(frozen=True)
@@ -137,12 +209,25 @@ def finite(value: float) -> float | None:
 
 
 def save(store: Store, benchmark: Benchmark, origin: Origin, entries: list[Record]) -> None:
+    refuse_other(store, benchmark.name)
     new = {entry["protocol"] for entry in entries}
-    before = read(store) if is_there(store) else {"scores": []}
+    before = read(store).model_dump() if is_there(store) else {"scores": []}
     kept = [entry for entry in before["scores"] if entry["protocol"] not in new]
     scored = sorted(kept + entries, key=lambda entry: (entry["rules"], entry["shots"], entry["protocol"]))
     about = {"benchmark": benchmark.name, **origin.__dict__, "questions": len_of(scored)}
-    write_changed(store, RESULTS, json.dumps(checked({**before, **about, "scores": scored}), indent=1).encode())
+    write(store, {**before, **about, "scores": scored})
+
+
+def refuse_other(store: Store, benchmark: str) -> None:
+    """ConfigError where the results of another benchmark are kept there."""
+    if is_there(store) and (kept := read(store).benchmark) != benchmark:
+        raise ConfigError(f"{store.address} holds results of {kept}; give another out= for those of {benchmark}")
+
+
+def write(store: Store, values: Record) -> None:
+    """Keep ``Results``."""
+    found: Results = validated(Results, values)
+    write_changed(store, RESULTS, json.dumps(found.model_dump(), indent=1).encode())
 
 
 def len_of(scored: Sequence[Record]) -> int:
@@ -153,20 +238,16 @@ def is_there(store: Store) -> bool:
     return store.size(RESULTS) is not None
 
 
-def read(store: Store) -> Record:
-    """``Results`` as they are kept. ConfigError where there are none, or not all of what an evaluation writes."""
+def read(store: Store) -> Results:
+    """ConfigError where there are none, or not all of what an evaluation writes."""
     try:
-        return checked(json.loads(store.read(RESULTS)))
+        found: Results = validated(Results, json.loads(store.read(RESULTS)))
+        return found
     except MissingKey:
         raise ConfigError(f"{store.address} holds no {RESULTS}: stage=collect writes it") from None
     except (ValueError, ConfigError) as error:
         place = f"{store.address}/{RESULTS}"
         raise ConfigError(f"{place} is damaged ({error}): remove it, and stage=collect writes it again") from None
-
-
-def checked(values: Any) -> Record:
-    found: Results = validated(Results, values)
-    return found.model_dump()
 
 
 def read_rows(store: Store, file: str) -> list[Record]:
@@ -178,29 +259,25 @@ def read_rows(store: Store, file: str) -> list[Record]:
         raise ConfigError(f"{store.address}/{file} is damaged ({error!r}): stage=collect writes it again") from None
 
 
-def track(run: Run, benchmark: Benchmark, planned: Planned, origin: Origin) -> None:
+def track(run: Run, store: Store) -> None:
     """The scores in Weights & Biases, where the run is tracked there: a run of their own in its group."""
-    tracked = wandb_run(run, Path(origin.checkpoint), f"{benchmark.name}-step-{origin.step}")
+    found = read(store)
+    tracked = wandb_run(run, Path(found.checkpoint), f"{found.benchmark}-step-{found.step}")
     if tracked is None:
         return
-    for name, score in named(benchmark.name, read(open_store(planned.address))["scores"]).items():
+    for name, score in named(found.benchmark, found.scores).items():
         tracked.summary[name] = score
     tracked.finish()
 
 
-def named(benchmark: str, entries: Iterable[Record]) -> dict[str, float]:
-    """Scores by flat names, such as eval/coco/4shot/cider, or eval/coco/4shot-rices/cider/lmms-eval.
+def named(benchmark: str, entries: Iterable[Entry]) -> dict[str, float]:
+    """Scores by flat names, such as eval/coco/4shot/cider, eval/coco/4shot-rices/cider/lmms-eval, or
+    eval/winoground/vqascore/group.
 
     Of several scores of one name that of most trials counts.
     """
-    ordered = sorted(entries, key=lambda entry: (len(entry["trials"]), entry["protocol"]))
-    return {name_of(benchmark, entry): entry["score"] for entry in ordered}
-
-
-def name_of(benchmark: str, entry: Record) -> str:
-    shots = f"{entry['shots']}shot" + (f"-{RICES}" if entry["selection"] == RICES else "")
-    rules = () if entry["rules"] == OPENFLAMINGO.name else (entry["rules"],)
-    return "/".join((evaluations.FOLDER, benchmark, shots, entry["metric"], *rules))
+    ordered = sorted(entries, key=lambda entry: (entry.count, entry.protocol))
+    return {f"{evaluations.FOLDER}/{benchmark}/{entry.name}": entry.score for entry in ordered}
 
 
 def show(entries: Sequence[Record]) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_mm import results
-from hpc_mm.data.store import open_store
+from hpc_mm.data.store import open_store, version_of
 from hpc_mm.evaluations import FOLDER
-from hpc_mm.results import Record
+from hpc_mm.results import Entry
 
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # 0 = before training; weights that were exported have no step
 
@@ -25,8 +24,8 @@ class RunScore:
     step: int
     folder: Path
     version: tuple[int, int]  # of results.json: its time in ns and its size in bytes
-    data: str  # address of the benchmark's shards
-    entries: list[Record]  # the scores of results.json, times 100
+    data: str  # address of what was asked
+    entries: Sequence[Entry]  # the scores of results.json
 
 
 def scores_of(run_folder: Path, known: Sequence[RunScore] = ()) -> list[RunScore]:
@@ -46,7 +45,7 @@ def scores_of(run_folder: Path, known: Sequence[RunScore] = ()) -> list[RunScore
             one = before.get(folder)
             if one is None or one.version != version:
                 values = results.read(open_store(str(folder)))
-                one = RunScore(benchmark.name, int(match[1]), folder, version, values["data"], values["scores"])
+                one = RunScore(benchmark.name, int(match[1]), folder, version, values.data, values.scores)
             found.append(one)
     return sorted(found, key=lambda one: (one.benchmark, one.step))
 
@@ -57,15 +56,6 @@ def folders(parent: Path) -> list[Path]:
             return [Path(entry.path) for entry in entries if entry.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def version_of(file: Path) -> tuple[int, int] | None:
-    """None where there is no such file."""
-    try:
-        facts = file.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return (facts.st_mtime_ns, facts.st_size) if stat.S_ISREG(facts.st_mode) else None
 
 
 def metrics_of(scores: Iterable[RunScore]) -> dict[str, float]:

@@ -6,68 +6,79 @@ import json
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hpc_mm import answerer, checkpoint, slurm
-from hpc_mm.arrays import Stage, Work, check_time, scripts
+from hpc_mm import answerer, checkpoint, judging, slurm
+from hpc_mm.arrays import Work, check_time, scripts
 from hpc_mm.benchmark import Benchmark, has_answers, shards_of
 from hpc_mm.command import ROOT, Submission
 from hpc_mm.config import ConfigError, Run, parse_arguments, unknown
 from hpc_mm.data.shards import read_manifest
 from hpc_mm.data.store import open_store
-from hpc_mm.evaluate import PLAN, SHARED, Evaluation, options_of, script_words
+from hpc_mm.evaluate import Evaluation, options_of, script_words
 from hpc_mm.evaluations import FILE, STEP, logs_of, place_of, read_plan
-from hpc_mm.site import in_store, read_site
+from hpc_mm.faithfulness import BENCHMARKS
+from hpc_mm.judging import Judging
+from hpc_mm.site import read_options
+from hpc_mm.staged import PLAN, Staged
 
 # Every evaluation's own.
-FIXED = ("checkpoint", "step", "out", "stage", "task", "cluster", "watch", "name")
+FIXED = ("benchmark", "checkpoint", "step", "out", "stage", "task", "cluster", "watch", "name")
 # Where training's jobs run, and so those of evaluation, unless they say it themselves.
 AS_TRAINING = ("partition", "account", "qos", "constraint", "exclude", "container")
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """One benchmark of a run: what it is, and the words of its script, with STEP for the step."""
+    """One benchmark of a run: the words of its script, with STEP for the step, and what they say."""
 
-    name: str  # of the script
-    benchmark: Benchmark
-    options: Evaluation
+    name: str
+    options: Staged
     words: list[str]
+    check_data: Callable[[], object]
 
     def work(self, run: Run, run_folder: Path) -> Work:
-        options, name = self.options, self.name
-        stages = [Stage(stage, options.tasks, options.gpus) if stage in SHARED else Stage(stage) for stage in self.all]
-        places = [options.checkpoint, options.data, options.out]
-        logs = str(logs_of(run_folder, name, STEP))
-        return Work(f"{run.name}-{name}-step-{STEP}", "", stages, (), self.words, places, (), options.slurm, logs)
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        return (PLAN, *self.options.stages)
+        stages = (PLAN, *self.options.stages)
+        work = self.options.work(f"{run.name}-{self.name}-step-{STEP}", stages, self.words)
+        return replace(work, logs=str(logs_of(run_folder, self.name, STEP)))
 
 
 def check(run: Run, run_folder: Path) -> None:
-    """Refuse a model that writes no answers, and words that no script takes."""
-    answerer.check_family(run)
+    """Refuse benchmarks that are not for the run's model, and words that no script takes."""
     list(scheduled(run, run_folder))
 
 
 def scheduled(run: Run, run_folder: Path) -> Iterator[Scheduled]:
     """What a run evaluates. ConfigError where its words are not what a script of eval/ takes."""
-    known = {file.stem: file for file in (ROOT / "eval").glob("*.py")}
+    family, asking = run.model.family, scripts_that_ask()
+    judges = family == judging.FAMILY
+    if not judges:
+        answerer.check_family(run)
+    known, others = (BENCHMARKS, asking) if judges else (asking, BENCHMARKS)
     for name, text in run.evaluate.benchmarks.items():
+        if name in others:
+            does = "judges images and answers no questions" if judges else "answers questions and judges no images"
+            raise ConfigError(f"evaluate.benchmarks.{name}: model.family={family} {does}; known: {', '.join(known)}")
         if name not in known:
             raise unknown("benchmark evaluate.benchmarks", name, known)
         try:
-            yield read(run, run_folder, known[name], text)
+            words = words_of(run, run_folder, name, text)
+            yield judged(name, words) if judges else answered(asking[name], words)
         except (ConfigError, ValueError) as error:  # ValueError: of shlex
             raise ConfigError(f"evaluate.benchmarks.{name}={text!r}: {error}") from None
 
 
-def read(run: Run, run_folder: Path, script: Path, text: str) -> Scheduled:
+def scripts_that_ask() -> dict[str, Path]:
+    """Scripts of eval/ that are of one benchmark each, by its name."""
+    return {file.stem: file for file in sorted((ROOT / "eval").glob("*.py")) if file.name != judging.SCRIPT}
+
+
+def words_of(run: Run, run_folder: Path, name: str, text: str) -> list[str]:
+    """The words of a benchmark's script: a user's, and those that follow from the run."""
     words = shlex.split(text)
     given = parse_arguments(words)
     for key in FIXED:
@@ -75,27 +86,39 @@ def read(run: Run, run_folder: Path, script: Path, text: str) -> Scheduled:
             raise ConfigError(f"{key}= is not to be given here: it follows from the run and its checkpoints")
     values = run.slurm.model_dump()
     words += [f"slurm.{key}={values[key]}" for key in AS_TRAINING if values[key] and f"slurm.{key}" not in given]
+    return [f"checkpoint={run_folder}", f"step={STEP}", f"out={place_of(run_folder, name, STEP)}", *words]
+
+
+def judged(name: str, words: list[str]) -> Scheduled:
+    words = [f"benchmark={name}", *words]
+    options: Judging = read_options(Judging, words).located(name, STEP)
+    return Scheduled(name, options, options.again(judging.SCRIPT, words), partial(judging.read, options))
+
+
+def answered(script: Path, words: list[str]) -> Scheduled:
     stated = runpy.run_path(str(script), run_name=script.stem)
-    if "BENCHMARK" not in stated:
-        raise ConfigError(f"eval/{script.name} asks no questions that a run can be evaluated by while it trains")
     benchmark: Benchmark = stated["BENCHMARK"]
-    place = place_of(run_folder, script.stem, STEP)
-    fixed = [f"checkpoint={run_folder}", f"step={STEP}", f"out={place}"]
-    options = options_of(benchmark, [*fixed, *words], stated.get("VALUES", {}))
-    options = options.model_copy(update={"data": in_store(options.data, read_site().store)})
-    return Scheduled(script.stem, benchmark, options, script_words([*fixed, *words], options, script.name))
+    options = options_of(benchmark, words, stated.get("VALUES", {})).located(script.stem, STEP)
+    again = script_words(words, options, script.name)
+    return Scheduled(script.stem, options, again, partial(check_answers, benchmark, options))
+
+
+def check_answers(benchmark: Benchmark, options: Evaluation) -> None:
+    """There are shards of the splits, with answers by which a score can be had."""
+    data, split = options.data, options.split
+    shards_of(read_manifest(open_store(data)), benchmark.demonstrations, data)
+    if not has_answers(data, split, benchmark):
+        raise ConfigError(
+            f"evaluate.benchmarks.{benchmark.name}: the answers of split={split} are not public, so {data} gives no "
+            f"scores while training goes on; eval/{benchmark.name}.py by hand writes the file for the challenge's "
+            "server"
+        )
 
 
 def check_data(run: Run, run_folder: Path) -> None:
-    """Every benchmark has shards of its splits, with answers by which a score can be had."""
+    """The data of every benchmark are there."""
     for one in scheduled(run, run_folder):
-        data, split = one.options.data, one.options.split
-        shards_of(read_manifest(open_store(data)), one.benchmark.demonstrations, data)
-        if not has_answers(data, split, one.benchmark):
-            raise ConfigError(
-                f"evaluate.benchmarks.{one.name}: the answers of split={split} are not public, so {data} gives no "
-                f"scores while training goes on; eval/{one.name}.py by hand writes the file for the challenge's server"
-            )
+        one.check_data()
 
 
 def check_jobs(run: Run, submission: Submission) -> None:

@@ -24,7 +24,7 @@ from PIL import Image as Picture
 from pydantic import Field
 
 from hpc_mm.annotations import json_lines
-from hpc_mm.answerer import Weights, device_of
+from hpc_mm.answerer import Weights
 from hpc_mm.config import ConfigError, parse_arguments, unknown, validated
 from hpc_mm.data.pictures import FORMATS
 from hpc_mm.data.store import written_aside
@@ -162,7 +162,7 @@ def json_rows(file: Path) -> list[Any]:
 
 def scores_of(options: Score, some: Pairs, weights: Weights) -> NDArray[np.float64]:
     """Of every pair. ConfigError where a text is too long for the model."""
-    scorer = options.load(weights, device_of(None, gpus=1))
+    scorer = options.load(weights)
     cleaned = scorer.check(dict(zip(some.names, some.texts, strict=True)))
     if cleaned:
         print(f"{cleaned:,} texts hold what would be taken for a special token, which is removed")

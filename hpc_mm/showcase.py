@@ -35,8 +35,8 @@ def write_page(planned: Planned, benchmark: Benchmark, rules: str, data: str, en
     with ThreadPoolExecutor(READS, "images") as threads:
         pictures = threads.map(lambda question: thumbnail(prompts.read(question)), wanted.values())
         images = dict(zip(wanted, pictures, strict=True))
-    title = f"{values['benchmark']}: {values['checkpoint']}, step {values['step']}"
-    write_changed(store, PAGE, gallery.page(title, values["scores"], examples, images).encode())
+    title = f"{values.benchmark}: {values.checkpoint}, step {values.step}"
+    write_changed(store, PAGE, gallery.page(title, values.model_dump()["scores"], examples, images).encode())
     return f"{store.address}/{PAGE}"
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpc_mm.checkpoint import LATEST, chosen, step_of
+from hpc_mm.checkpoint import LATEST, DamagedCheckpoint, chosen, shapes_of, step_of
 from hpc_mm.command import ROOT, Submission, strategy_file
-from hpc_mm.config import ConfigError, Run, differences, read_run
+from hpc_mm.config import ClipFlanT5, ConfigError, Run, differences, read_run
 
 # These change how a run is run, not what comes out of it.
 MAY_CHANGE = (
@@ -101,8 +101,46 @@ def frozen_start(run: Run, folder: Path) -> tuple[Run, Path | None]:
         raise ConfigError(f"start={run.start} is a run of another model: {'; '.join(other)}")
     if run.model.family == "clip_flant5" and "projector" not in old.model.trainable:
         raise ConfigError(f"start={run.start} has trained {', '.join(old.model.trainable)}, and no projector")
+    refuse_other_updates(f"start={run.start}", old, run)
+    refuse_lost(old, found, run)
     print(f"{run.name} begins with step {step_of(found):,} of {old.train.steps:,} of {run.start}")
     return inside, found
+
+
+def refuse_other_updates(said: str, old: Run, run: Run) -> None:
+    """ConfigError where ``old`` has trained LoRA's updates, which mean something else in the model of ``run``."""
+    if not isinstance(old.model, ClipFlanT5) or not isinstance(run.model, ClipFlanT5) or not old.model.lora.rank:
+        return
+    lines = [f"model.lora.{line}" for line in differences(old.model.lora, run.model.lora)]
+    other = [line for line in lines if not line.startswith("model.lora.dropout")]
+    if other:
+        raise ConfigError(
+            f"{said} has LoRA of other values: {'; '.join(other)}. Take its values, or give model.weights=FOLDER of "
+            "what hpc_mm.export form=released merges"
+        )
+
+
+def refuse_lost(old: Run, found: Path, run: Run) -> None:
+    """ConfigError where the run ``old``, whose checkpoint is ``found``, began with weights that are not in it."""
+    ours, theirs = (Path(model.weights).expanduser().absolute() for model in (run.model, old.model))
+    projector = isinstance(old.model, ClipFlanT5) and theirs.is_file()  # which the checkpoint holds
+    if old.model.weights and ours != theirs and not projector:
+        raise ConfigError(f"start={run.start} is a run with model.weights={old.model.weights}; give the same here")
+    if not old.start:
+        return
+    kept = Path(run.start) / "start"  # wherever the run's folder has moved
+    try:
+        began = shapes_of(kept if kept.exists() else Path(old.start))
+        lost = began.keys() - shapes_of(found).keys()
+    except DamagedCheckpoint as error:
+        raise ConfigError(f"start={run.start} itself began with weights that cannot be read: {error}") from None
+    if not began:
+        raise ConfigError(f"start={run.start} itself began with {old.start}, where no weights are any more")
+    if lost:
+        raise ConfigError(
+            f"start={run.start} itself began with {len(lost)} weights that it has not trained, such as {min(lost)}; in "
+            "its place give model.weights=FOLDER of what hpc_mm.export made of it"
+        )
 
 
 def keep_start(found: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from checkout import ROOT
 
@@ -40,3 +41,13 @@ def test_metrics(java: None) -> None:
 def test_vqascore() -> None:
     """Ends with an error where the scores of the two sides differ."""
     assert "scores equal to" in output("benchmarks/vqascore.py", "size=tiny")
+
+
+@pytest.mark.chaos  # as on a GPU
+def test_vqascore_in_bf16() -> None:
+    assert "scores equal to" in output("benchmarks/vqascore.py", "size=tiny", "precision=bf16")
+
+
+def test_lengths() -> None:
+    """Ends with an error where the lengths of the two sides differ."""
+    assert "samples per second of one core" in output("benchmarks/lengths.py", "samples=40", "rounds=1")

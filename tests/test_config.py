@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from hpc_mm.config import (
     read_run,
     with_overrides,
 )
+from hpc_mm.recipes.clip_flant5_toy_stage2 import clip_flant5_toy_stage2
 from hpc_mm.recipes.toy import toy
 from hpc_mm.site import at_site, in_store, read_site
 
@@ -202,3 +204,35 @@ def test_numbers_that_cannot_train_are_refused(word: str) -> None:
     key, _, value = word.partition("=")
     with pytest.raises(ConfigError, match=key.split(".")[-1]):
         with_overrides(toy(), {key: value})
+
+
+CHATS = {"form": "chat", "template": "t5_v1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**CHATS, "min_images": 0}, "min_images=0 is of form=interleaved, not of form=chat"),
+        ({"form": "pairs", "min_images": 2}, "min_images=2 is of form=interleaved, not of form=pairs"),
+        ({**CHATS, "drop_single_image": 0.5}, r"drop_single_image=0\.5 is of form=interleaved, not of form=chat"),
+        ({"form": "pairs", "drop_single_image": 1}, r"drop_single_image=1\.0 is of form=interleaved"),
+        ({**CHATS, "chunk": 2}, "chunk=2 is of order=modality_length, not of order=random"),
+        ({"form": "interleaved", "chunk": 2}, "chunk=2 is of order=modality_length"),
+        ({**CHATS, "pack_images": 7}, "pack_images=7 is of packed rows: give pack_tokens too"),
+    ],
+)
+def test_a_value_without_effect_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Source(data="x", batch=4, max_tokens=32, **values)
+
+
+def test_what_is_wrong_in_a_part_is_told_without_all_of_it() -> None:
+    with pytest.raises(ConfigError, match=r"^sources\.pairs: pack_images=7 is of packed rows: [a-z_, ]+$"):
+        with_overrides(toy(), {"sources.pairs.pack_images": "7"})
+
+
+def test_sorting_is_of_sources_without_an_order() -> None:
+    run = clip_flant5_toy_stage2()
+    assert with_overrides(run, {"loader.by_length": "true"}).loader.by_length
+    with pytest.raises(ConfigError, match=r"loader\.by_length=true is of sources of order=random"):
+        with_overrides(run, {"loader.by_length": "true", "sources.questions.order": "length"})

@@ -16,7 +16,7 @@ import questions
 import samples
 import small_run
 
-from hpc_mm import benchmark, checkpoint, evaluate, metrics, staged, trials
+from hpc_mm import arrays, benchmark, checkpoint, evaluate, metrics, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError
 from hpc_mm.predictions import NAME
@@ -155,7 +155,7 @@ def test_a_model_is_loaded_once_for_each_there_is_room_for(
     run_folder: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever ``tasks`` is."""
-    monkeypatch.setattr(staged, "run_tasks", lambda *words: started.append(words) or 0)
+    monkeypatch.setattr(arrays, "run_tasks", lambda *words: started.append(words) or 0)
     for visible, tasks, expected in (("", 8, []), ("3", 8, []), ("0,1", 8, [2]), ("0,1,2", 2, [2]), ("0,1", 1, [])):
         started: list[Any] = []
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -19,13 +20,19 @@ from runs import LOCAL, lines
 
 from hpc_mm import attempt, checkpoint, evaluations, scheduled
 from hpc_mm.command import Submission
-from hpc_mm.config import ConfigError, Run, with_overrides
+from hpc_mm.config import ConfigError, Run, read_run, with_overrides
+from hpc_mm.evaluate import Evaluation
+from hpc_mm.faithfulness import BENCHMARKS
 from hpc_mm.launch import main
+from hpc_mm.local import node_environments
 from hpc_mm.meter import Records
+from hpc_mm.recipes.clip_flant5_toy_stage1 import clip_flant5_toy_stage1
 from hpc_mm.recipes.toy import toy
 from hpc_mm.submission import next_submission
 
 COCO = "evaluate.benchmarks.coco"
+PAIRS = "evaluate.benchmarks.pairs"
+JUDGE = ["recipe=clip_flant5_toy_stage1", "nodes=1", "strategy=ddp"]
 EVERY = ["recipe=toy", "train.save_every=2", "evaluate.every=4"]
 # sbatch of a site: notes its environment and what it was given, and says the number of the job.
 SBATCH = """#!/bin/sh
@@ -102,8 +109,21 @@ def scored(run_folder: Path, name: str, step: int, **scores: float) -> None:
         ([f"{COCO}=shots=4"], "data=... is missing"),
         ([f"{COCO}=data='coco"], "No closing quotation"),
         ([f"{COCO}=data=coco ; rm x"], "';' is not key=value"),
-        (["recipe=clip_flant5_toy_stage1", f"{COCO}=data=coco"], "model.family=clip_flant5 answers no benchmark's"),
-        (["evaluate.benchmarks.vqascore=data=coco"], "eval/vqascore.py asks no questions that a run can be"),
+        (
+            [*JUDGE, f"{COCO}=data=coco"],
+            "coco: model.family=clip_flant5 judges images and answers no questions; known: w",
+        ),
+        ([f"{PAIRS}=data=pairs"], "pairs: model.family=flamingo answers questions and judges no images; known: coco, "),
+        (["evaluate.benchmarks.vqascore=data=coco"], "'vqascore': "),
+        ([*JUDGE, "evaluate.benchmarks.vqascore=data=pairs"], "'vqascore': "),
+        ([*JUDGE, "evaluate.benchmarks.winogrond=data=x"], "'winogrond': did you mean winoground?"),
+        (
+            [*JUDGE, f"{PAIRS}=data=pairs shots=4"],
+            "evaluate.benchmarks.pairs='data=pairs shots=4': unknown key 'shots'",
+        ),
+        ([*JUDGE, f"{PAIRS}=data=pairs benchmark=eqben"], "benchmark= is not to be given here"),
+        ([*JUDGE, f"{PAIRS}=data=s3://bucket/pairs"], "published files are read from a folder"),
+        ([*JUDGE, "cluster=local", f"{PAIRS}=data=pairs"], "store/pairs has no pairs.jsonl"),
         (["cluster=local", f"{COCO}=data=coco"], "coco"),
     ],
 )
@@ -124,8 +144,26 @@ def test_a_scripts_own_values_need_not_be_given(here: Path, capsys: pytest.Captu
     for name in ("toy", "toy_vqa"):
         assert f"data={here}/store/shapes/benchmark" in text["benchmarks"][name]["command"]
     run: Run = with_overrides(toy(), {"evaluate.benchmarks.toy": "", "evaluate.benchmarks.toy_vqa": "shots=4"})
-    assert [one.options.shots for one in scheduled.scheduled(run, here / "run")] == [(0, 2), (4,)]
+    found = [one.options for one in scheduled.scheduled(run, here / "run")]
+    assert [options.shots for options in found if isinstance(options, Evaluation)] == [(0, 2), (4,)]
     assert main([*EVERY, "cluster=print", "evaluate.benchmarks.toy="]) == 0, capsys.readouterr().err
+
+
+def test_a_name_is_of_a_script_or_of_images_that_are_judged() -> None:
+    assert not scheduled.scripts_that_ask().keys() & BENCHMARKS.keys()
+
+
+def test_a_run_that_judges_is_evaluated_by_stages_of_its_own(here: Path) -> None:
+    words = "data=/benchmarks/pairs tasks=3 gpus=0 template=t5_v1"
+    run = with_overrides(clip_flant5_toy_stage1(), {"evaluate.every": "50", PAIRS: words})
+    submission = next_submission(here / "run")
+    (values,) = json.loads(scheduled.texts(run, submission)[evaluations.FILE])["benchmarks"].values()
+    fixed = ["benchmark=pairs", f"checkpoint={here}/run", "step=@STEP@", f"out={here}/run/eval/pairs/step-@STEP@"]
+    assert values["command"][2:4] == ["eval/vqascore.py", "cluster=local"]
+    assert sorted(values["command"][4:]) == sorted([*fixed, *words.split()])
+    assert [*values["stages"]] == ["plan", "score", "collect"]
+    (text,) = values["stages"]["score"].values()
+    assert "--array=0-2" in text and "--job-name=clip_flant5_toy_stage1-pairs-step-@STEP@-score" in text
 
 
 def test_a_split_without_public_answers_is_refused(here: Path) -> None:
@@ -443,6 +481,39 @@ def test_a_local_run_is_evaluated_while_it_trains(shapes: Path, tmp_path: Path) 
     assert (found["benchmark"], found["step"], found["questions"]) == ("coco", "2", 3)
     assert not (run / "eval/coco/step-1").exists()
     assert not evaluations.Processes(run, run / "submissions/001", print, {}).plan.due()
+
+
+def test_a_judge_is_evaluated_while_it_trains_as_by_hand(shapes: Path, tmp_path: Path) -> None:
+    """Figures are in the next line of metrics.jsonl, here of a step that is done again."""
+    values = environment(ROOT, tmp_path, HPC_MM_STORE=str(shapes))
+    small = ["sources.captions.batch=8", "model.language.architecture.num_layers=1", "train.log_every=1"]
+    words = [
+        *JUDGE,
+        *small,
+        "cluster=local",
+        "train.steps=2",
+        "train.save_every=1",
+        "train.warmup=1",
+        "evaluate.every=2",
+    ]
+    run, data = tmp_path / "runs" / "clip_flant5_toy_stage1", "shapes/faithfulness"
+
+    def train() -> list[dict[str, float]]:
+        result = launch(values, *words, f"{PAIRS}=data={data} part=5")
+        assert (result.returncode, result.stderr) == (0, ""), result.stdout
+        return [{name: line[name] for name in line if name.startswith("eval/")} for line in lines(run)]
+
+    assert train() == [{}, {}], "evaluated after the last line"
+    assert [path.name for path in (run / "eval" / "pairs").iterdir()] == ["step-2"]
+    by_hand = ["eval/vqascore.py", "benchmark=pairs", f"checkpoint={run}", f"data={data}", "cluster=local"]
+    threads = node_environments(read_run(run), Submission(run, 1))[0]  # decide how products are rounded
+    subprocess.run([sys.executable, *by_hand, f"out={tmp_path}"], check=True, cwd=ROOT, env={**values, **threads})
+    for name in ("results.json", "scores.jsonl"):
+        assert (tmp_path / name).read_bytes() == (run / "eval/pairs/step-2" / name).read_bytes()
+    shutil.rmtree(checkpoint.path_of(run, 2))
+    scores = json.loads((tmp_path / "results.json").read_text())["scores"]
+    named = {f"eval/pairs/{entry['metric']}/{entry['figure']}": entry["score"] for entry in scores}
+    assert train() == [{}, {"eval/step": 2, **named}] and len(named) == 6
 
 
 def captions(numbers: range) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from hpc_mm.config import ConfigError
-from hpc_mm.faithfulness import BENCHMARKS, Item, image_bytes, read, results
+from hpc_mm.faithfulness import BENCHMARKS, Item, image_bytes, image_versions, read, results
 from hpc_mm.faithfulness_files import PICKAPIC, SUGARCREPE, TIFA_MODELS
 from hpc_mm.intervals import mean_interval
 from hpc_mm.metrics import pairwise_accuracy_each, roc_auc, tie_calibration
@@ -223,10 +224,24 @@ def test_images_that_are_missing_are_counted(tmp_path: Path, benchmark: str) -> 
     for name in names[:2]:
         (tmp_path / name).unlink()
     with pytest.raises(ConfigError) as told:
-        read(benchmark, tmp_path)
+        image_versions(benchmark, items, tmp_path)
     count = min(2, len(names))
     assert f"{count} of {len(names)} images of {benchmark} are missing: {names[0]}" in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_images_of_other_bytes_are_other_versions(tmp_path: Path) -> None:
+    """By their sizes and times, whatever their items say; a benchmark of the same images is not another one."""
+    items = items_of("winoground", tmp_path)
+    first = image_versions("winoground", items, tmp_path)
+    assert image_versions("winoground", items, tmp_path) == image_versions("eqben", items, tmp_path) == first
+    found, image = {first}, tmp_path / items[1].images[1]
+    facts = image.stat()
+    for size, time in ((facts.st_size, facts.st_mtime_ns + 10**9), (facts.st_size + 1, facts.st_mtime_ns)):
+        image.write_bytes(bytes(size))
+        os.utime(image, ns=(time, time))
+        found.add(image_versions("winoground", items, tmp_path))
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
@@ -304,6 +319,7 @@ def test_annotations_that_are_not_of_each_other(tmp_path: Path) -> None:
         ([{"id": "a", "image": "one.png", "true": "x", "false": ["y"]}] * 2, "item a of pairs is there twice"),
         ([{"id": "a", "image": "../one.png", "true": "x", "false": ["y"]}], "is not inside the folder"),
         ([{"id": "a", "image": "/etc/passwd", "true": "x", "false": ["y"]}], "is not inside the folder"),
+        ([{"id": "a", "image": "one\0.png", "true": "x", "false": ["y"]}], "is not inside the folder"),
         (
             [{"id": "a", "image": "one.png", "true": "x"}, {}],
             r"pairs.jsonl is another file: 0.false: .* \(and 4 more\)",

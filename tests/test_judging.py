@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 from dataclasses import replace
@@ -11,10 +12,12 @@ from typing import Any
 import judges
 import pytest
 import samples
+from checkout import ROOT
 
-from hpc_mm import faithfulness, judging, staged
+from hpc_mm import arrays, compare, faithfulness, judging, results
 from hpc_mm.answerer import Weights, trained
-from hpc_mm.config import read_run
+from hpc_mm.config import ConfigError, read_run
+from hpc_mm.data.store import open_store
 from hpc_mm.recipes.toy import toy
 from hpc_mm.vqascore import VqaScorer
 
@@ -77,14 +80,14 @@ def test_figures_are_those_of_the_scores(run_folder: Path, data: Path, tmp_path:
     scorer = VqaScorer(model, tokenizer, "cpu")
     rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     for entry in values["scores"]:
-        mode = entry["mode"]
+        mode = entry["metric"]
         for item, row in zip(items, rows, strict=True):
             image = (data / item.images[0]).read_bytes()
             alone = [scorer.score([image], [text], [(0, 0)], mode).item() for text in item.texts]
             assert row["id"] == item.id and row[mode] == [alone]
-        expected = faithfulness.results("pairs", items, [row[mode] for row in rows])["accuracy"]
-        figure = entry["figures"]["accuracy"]
-        assert [figure[end] for end in ("score", "low", "high")] == [100 * value for value in expected]
+        expected = faithfulness.results("pairs", items, [row[mode] for row in rows])[entry["figure"]]
+        assert [entry[end] for end in ("score", "low", "high")] == [100 * value for value in expected]
+    assert [entry["figure"] for entry in values["scores"]] == ["accuracy"] * 2
     assert [entry["protocol"].split("/")[2] for entry in values["scores"]] == ["vqascore@v1", "p_yes@v1"]
     assert (values["items"], values["pairs"], values["cleaned"]) == (ITEMS, 27, 5)
     assert values["scores"][0] != values["scores"][1]
@@ -122,6 +125,62 @@ def test_what_was_planned_otherwise_is_refused(
         assert "planned otherwise" in error and reason in error and error.count("\n") == 1
     assert run(run_folder, data, tmp_path, "stage=collect") == 2
     assert "parts are not done" in capsys.readouterr().err
+
+
+def test_scores_of_an_image_that_has_changed_are_not_mixed(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is it another protocol: the same images elsewhere, with times of their own, are the same benchmark."""
+    shutil.copytree(data, tmp_path / "data")
+    copied, out = tmp_path / "data", tmp_path / "out"
+    image = copied / "4.png"
+    assert run(run_folder, copied, out, "stage=plan") == 0
+    assert run(run_folder, copied, out, "stage=score", "task=0", "tasks=2") == 0
+    image.write_bytes(judges.images(8, 40, 30)[7])
+    os.utime(image, (10**9, 10**9))
+    capsys.readouterr()
+    for words in (["stage=score", "task=1", "tasks=2"], ["stage=collect"], ["stage=plan"]):
+        assert run(run_folder, copied, out, *words) == 2
+        error = capsys.readouterr().err
+        assert "names, sizes and times of images: " in error and error.count("\n") == 1
+    image.write_bytes((data / "4.png").read_bytes())
+    os.utime(image, ns=(0, 0))
+    assert run(run_folder, copied, tmp_path / "elsewhere") == run(run_folder, data, tmp_path / "first") == 0
+    one, other = read(tmp_path / "elsewhere"), read(tmp_path / "first")
+    assert one["data"] != other["data"] and {**one, "data": ""} == {**other, "data": ""}
+
+
+def test_results_of_another_benchmark_are_not_replaced(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"benchmark": "coco", "data": "x", "checkpoint": "x", "step": "1", "scores": []}
+    (tmp_path / "results.json").write_text(json.dumps(about))
+    assert run(run_folder, data, tmp_path, "stage=plan") == 2
+    error = capsys.readouterr().err
+    assert "holds results of coco; give another out=" in error and error.count("\n") == 1
+    assert json.loads((tmp_path / "results.json").read_text()) == about and not (tmp_path / "plan.json").exists()
+    with pytest.raises(ConfigError, match="holds results of coco"):
+        stated = runpy.run_path(str(ROOT / "eval" / "vqav2.py"), run_name="vqav2")
+        results.save(open_store(str(tmp_path)), stated["BENCHMARK"], results.Origin("x", "x", "1"), [])
+
+
+def test_a_damaged_score_is_told_as_what_it_is(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    assert run(run_folder, data, tmp_path) == 0
+    file = tmp_path / "results.json"
+    values = json.loads(file.read_text())
+    del values["scores"][0]["low"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"is damaged \(scores\.judged\.0\.low is missing\)"):
+        results.read(open_store(str(tmp_path)))
+
+
+def test_answers_alone_are_compared(
+    run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(run_folder, data, tmp_path) == 0
+    assert compare.main([f"first={tmp_path}", f"second={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "holds scores of images" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -205,7 +264,7 @@ def test_processes_here_are_as_many_as_there_is_room_for(
     run_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[Any] = []
-    monkeypatch.setattr(staged, "run_tasks", lambda *words: started.append(words) or 0)
+    monkeypatch.setattr(arrays, "run_tasks", lambda *words: started.append(words) or 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for tasks in (8, 2):
@@ -223,4 +282,4 @@ def test_print_shows_an_array_of_jobs_and_one_that_collects(
     assert judging.main(given) == 0
     shown = capsys.readouterr().out
     assert "--array=0-0" in shown and "stage=score" in shown and "stage=collect" in shown
-    assert f"out={run_folder}/vqascore/pairs/step-0" in shown and "--job-name=judge-pairs-step-0-score" in shown
+    assert f"out={run_folder}/eval/pairs/step-0" in shown and "--job-name=judge-pairs-step-0-score" in shown

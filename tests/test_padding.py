@@ -15,6 +15,12 @@ def test_ours_hardly_pads(corpus: str) -> None:
     assert real >= 0.95 and longest < 1.05
 
 
+@pytest.mark.parametrize("corpus", ["texts", "questions and answers", "with images"])
+def test_packed_rows_hardly_pad_in_any_order(corpus: str) -> None:
+    real, _ = padding["packed_shares"](padding["corpora"](4_800)[corpus])
+    assert real >= 0.95
+
+
 def test_the_sampler_of_llava_pads_more_than_chance_on_texts() -> None:
     """0.42 beside 0.47, as the description of it says."""
     found = padding["corpora"](24_000)["texts"]

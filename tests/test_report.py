@@ -16,7 +16,9 @@ import questions
 from browser import Browser, opened
 from evaluations import TOY, VQA, evaluate
 
+from hpc_mm import results
 from hpc_mm.config import with_overrides
+from hpc_mm.data.store import open_store
 from hpc_mm.recipes.toy import toy
 from hpc_mm.report import main, read_metrics
 
@@ -119,7 +121,7 @@ def test_the_report_tells_it_all(run_folder: Path, capsys: pytest.CaptureFixture
     charts = {str(attributes["aria-label"]) for tag, attributes in page.found if tag == "svg"}
     assert len(charts) == 5
     assert any("all sources from 0.6 to 0.2" in label for label in charts)
-    assert f"toy: CIDEr, CIDEr: 2 shots from {first['score']:.3g} to {last['score']:.3g}" in charts
+    assert f"toy: CIDEr, 2 shots, CIDEr: 2 shots from {first['score']:.3g} to {last['score']:.3g}" in charts
     for told in ("30 of 30", "1,234", "a" * 40 + " with uncommitted changes", "zero2", "documents"):
         assert told in page.text
     assert f"{first['score']:.1f} \u2192 {last['score']:.1f}CIDEr, toy, 2 shots" in page.text
@@ -141,8 +143,9 @@ def test_a_table_of_all_scores(run_folder: Path) -> None:
 
 
 def rows(run_folder: Path) -> list[tuple[str, ...]]:
-    (table,) = re.findall('<table class="scores">.*?</table>', (run_folder / "report.html").read_text())
-    cells = [re.findall("<td.*?>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", table)[1:]]
+    tables = re.findall('<table class="scores">.*?</table>', (run_folder / "report.html").read_text())
+    found = [row for table in tables for row in re.findall("<tr>(.*?)</tr>", table)[1:]]
+    cells = [re.findall("<td.*?>(.*?)</td>", row) for row in found]
     return [tuple(re.sub("<.*?>", "", cell) for cell in row) for row in cells]
 
 
@@ -168,6 +171,36 @@ def test_several_benchmarks_shots_and_rules(run_folder: Path, capsys: pytest.Cap
     assert len(charts) == 5 and any("1 shot from" in label and "2 shots from" in label for label in charts)
     assert not any("lmms-eval" in label or "vqav2" in label for label in charts)
     assert "VQA accuracy, vqav2, 2 shots" in page.text and "Images of toy, 2 shots." in page.text
+
+
+def test_figures_of_images_that_are_judged(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """VQAScores of all items are lines of one chart, the table has all; no images are shown."""
+    shutil.rmtree(run_folder / "eval")
+    figures = {"text": 30.0, "image": 25.0, "group/Object": 15.0, "group": -4.0}
+    for step in (10, 30):
+        entries = [
+            {"metric": metric, "figure": name, "score": value + step, "low": 0.0, "high": 50.0, "protocol": metric}
+            for metric in ("vqascore", "p_yes")
+            for name, value in figures.items()
+        ]
+        store = open_store(str(run_folder / "eval" / "winoground" / f"step-{step}"), make=True)
+        about = {"benchmark": "winoground", "data": "d", "checkpoint": str(run_folder), "step": str(step)}
+        results.write(store, {**about, "scores": entries})
+    assert main([f"run={run_folder}"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "winoground vqascore (text) 40.0 at step 10, 60.0 at step 30"
+    labels = ["text", "image", "group", "group, Object"]
+    assert [row[:6] for row in rows(run_folder)] == [
+        ("winoground", str(step), label, metric, f"{figures[label.replace(', ', '/')] + step:.1f}", "0.0 to 50.0")
+        for metric in ("VQAScore", "P(Yes)")
+        for label in labels
+        for step in (10, 30)
+    ]
+    text = (run_folder / "report.html").read_text()
+    page, (folded,) = Tags(text), re.findall("<details><summary>Further figures</summary>.*?</details>", text)
+    assert folded.count("group, Object") == 4 and folded.count("VQAScore") == 2 and folded.count("P(Yes)") == 8
+    (chart,) = [str(values["aria-label"]) for tag, values in page.found if tag == "svg"][4:]
+    assert chart == "winoground: VQAScore, VQAScore: text from 40 to 60; image from 35 to 55; group from 6 to 26"
+    assert "40.0 \u2192 60.0VQAScore, winoground, text" in page.text and "Held-out" not in page.text
 
 
 def test_questions_stand_beside_their_images(run_folder: Path) -> None:

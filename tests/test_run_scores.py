@@ -14,6 +14,7 @@ from evaluations import TOY, VQA, evaluate
 from hpc_mm import results
 from hpc_mm.config import ConfigError
 from hpc_mm.data.store import Store, open_store
+from hpc_mm.results import Answered
 from hpc_mm.run_scores import RunScore, metrics_of, scores_of
 
 SAID = ["caption 0.1", "nothing", "caption 2.2"]
@@ -51,7 +52,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     read = results.read
 
-    def counted(store: Store) -> dict[str, object]:
+    def counted(store: Store) -> results.Results:
         found.append("/".join(Path(store.address).parts[-2:]))
         return read(store)
 
@@ -68,9 +69,10 @@ def test_all_evaluations_in_order(run_folder: Path, data: dict[str, str]) -> Non
     assert places(scores) == [("toy", 0), ("toy", 9), ("toy", 30), ("vqav2", 9)]
     for one in scores:
         assert one.folder == run_folder / "eval" / one.benchmark / f"step-{one.step}"
-        assert one.entries == json.loads((one.folder / "results.json").read_text())["scores"]
+        written = json.loads((one.folder / "results.json").read_text())["scores"]
+        assert [entry.model_dump() for entry in one.entries] == written
         assert one.data == data[one.benchmark]
-    assert [(entry["rules"], entry["shots"]) for entry in scores[0].entries] == [
+    assert [(entry.rules, entry.shots) for entry in scores[0].entries if isinstance(entry, Answered)] == [
         *(("lmms-eval", 0), ("lmms-eval", 2)),
         *(("openflamingo", 0), ("openflamingo", 2)),
     ]
@@ -111,11 +113,14 @@ def test_files_are_read_once(run_folder: Path, data: dict[str, str], reads: list
 ABOUT = {"benchmark": "toy", "data": "d", "checkpoint": "c", "step": "9", "questions": 3}
 SCORE = {"shots": 4, "selection": "random", "metric": "cider", "rules": "openflamingo", "score": 1.5, "low": None}
 SCORE |= {"high": None, "others": {}, "trials": [], "protocol": "p", "values": {}}
+FIGURE = {"metric": "vqascore", "figure": "group", "score": 1.5, "low": 1.0, "high": 2.0, "protocol": "p"}
 DAMAGED = [
     {**ABOUT, "scores": {}},
     *({**ABOUT, "scores": [{key: value for key, value in SCORE.items() if key != gone}]} for gone in SCORE),
     *({**ABOUT, "scores": [{**SCORE, **wrong}]} for wrong in ({"score": None}, {"trials": [{"seed": 1}]})),
     {**ABOUT, "scores": [{**SCORE, "score": float("nan")}]},
+    *({**ABOUT, "scores": [{key: value for key, value in FIGURE.items() if key != gone}]} for gone in FIGURE),
+    {**ABOUT, "scores": [FIGURE, SCORE]},
 ]
 
 
@@ -135,7 +140,7 @@ def test_one_reader_gives_what_one_writer_wrote(run_folder: Path, data: dict[str
     one, other = (folder / "eval" / "toy" / "step-9" / "results.json" for folder in (run_folder, tmp_path / "other"))
     text = one.read_text()
     assert other.read_text().replace(str(tmp_path / "other"), json.loads(text)["checkpoint"]) == text
-    assert results.read(open_store(str(one.parent))) == json.loads(text)
+    assert results.read(open_store(str(one.parent))).model_dump() == json.loads(text)
 
 
 def test_what_a_later_version_adds_is_read_and_kept(run_folder: Path, data: dict[str, str]) -> None:
@@ -157,16 +162,14 @@ def test_wandb_keeps_random_and_similar_demonstrations_apart(tmp_path: Path) -> 
     folder = tmp_path / "eval" / "coco" / "step-9"
     folder.mkdir(parents=True)
     scores = [{**SCORE, "selection": selection, "protocol": selection} for selection in ("random", "rices")]
-    (folder / "results.json").write_text(json.dumps({**ABOUT, "scores": scores}))
+    (folder / "results.json").write_text(json.dumps({**ABOUT, "checkpoint": str(tmp_path), "scores": scores}))
     code = (
-        "import sys; from evaluations import TOY; from hpc_mm.config import with_overrides;"
-        "from hpc_mm.recipes.toy import toy; from hpc_mm.results import Origin, track;"
-        "from hpc_mm.trials import Choice, Planned; run = with_overrides(toy(), {'tracking.wandb': 'offline'});"
-        "planned = Planned(sys.argv[2], Choice((4,), (), 8, ''), [], [], {});"
-        "track(run, TOY, planned, Origin('d', sys.argv[1], '9'))"
+        "import sys; from hpc_mm.config import with_overrides; from hpc_mm.data.store import open_store;"
+        "from hpc_mm.recipes.toy import toy; from hpc_mm.results import track;"
+        "track(with_overrides(toy(), {'tracking.wandb': 'offline'}), open_store(sys.argv[1]))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, str(tmp_path), str(folder)]
+    command = [sys.executable, "-c", code, str(folder)]
     subprocess.run(command, check=True, capture_output=True, env=environment)
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     for name in (b"eval/toy/4shot/cider", b"eval/toy/4shot-rices/cider"):
@@ -175,22 +178,23 @@ def test_wandb_keeps_random_and_similar_demonstrations_apart(tmp_path: Path) -> 
 
 def test_names_of_metrics(run_folder: Path, data: dict[str, str]) -> None:
     scores = {(one.benchmark, one.step): one for one in scores_of(run_folder)}
-    last = {(entry["rules"], entry["shots"]): entry["score"] for entry in scores["toy", 30].entries}
+    entries = [entry for entry in scores["toy", 30].entries if isinstance(entry, Answered)]
+    last = {(entry.rules, entry.shots): entry.score for entry in entries}
     assert metrics_of([scores["toy", 30], scores["vqav2", 9]]) == {
         "eval/toy/0shot/cider": last["openflamingo", 0],
         "eval/toy/2shot/cider": last["openflamingo", 2],
         "eval/toy/0shot/cider/lmms-eval": last["lmms-eval", 0],
         "eval/toy/2shot/cider/lmms-eval": last["lmms-eval", 2],
-        "eval/vqav2/2shot/vqa-accuracy": scores["vqav2", 9].entries[0]["score"],
+        "eval/vqav2/2shot/vqa-accuracy": scores["vqav2", 9].entries[0].score,
     }
     assert metrics_of([]) == {}
 
 
 def test_the_last_step_and_most_trials_count(tmp_path: Path) -> None:
     def scored(step: int, *scores: tuple[float, int, str]) -> RunScore:
-        values = {"shots": 4, "metric": "cider", "rules": "openflamingo", "protocol": "p"}
+        trial = {"seed": 1, "file": "f", "score": 1.0, "low": None, "high": None}
         entries = [
-            {**values, "score": score, "selection": selection, "trials": [{}] * count}
+            Answered.model_validate({**SCORE, "score": score, "selection": selection, "trials": [trial] * count})
             for score, count, selection in scores
         ]
         return RunScore("coco", step, tmp_path, (0, 0), "", entries)
@@ -198,3 +202,14 @@ def test_the_last_step_and_most_trials_count(tmp_path: Path) -> None:
     two = [scored(30, (3.0, 2, "random"), (2.0, 1, "random"), (9.0, 1, "rices")), scored(4, (1.0, 5, "random"))]
     assert metrics_of(two) == {"eval/coco/4shot/cider": 3.0, "eval/coco/4shot-rices/cider": 9.0}
     assert metrics_of(two[::-1]) == metrics_of(two)
+
+
+def test_figures_of_judged_images_are_named_by_how_pairs_are_scored(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "eval" / "winoground" / "step-9"), make=True)
+    figures = [("vqascore", "text", 3.0), ("vqascore", "group/Object", 2.0), ("p_yes", "text", 1.0)]
+    scores = [{**FIGURE, "metric": metric, "figure": figure, "score": score} for metric, figure, score in figures]
+    results.write(store, {**ABOUT, "scores": scores, "items": 400})
+    (one,) = scores_of(tmp_path)
+    assert (one.benchmark, one.step, one.data) == ("winoground", 9, "d")
+    assert metrics_of([one]) == {f"eval/winoground/{metric}/{figure}": score for metric, figure, score in figures}
+    assert results.read(store).model_dump() == {**ABOUT, "scores": scores, "items": 400}

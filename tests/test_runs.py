@@ -66,7 +66,7 @@ def mixed(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train-pairs", "train-questions", "tokenizer.json"):
         (store / "shapes" / name).symlink_to(shapes / "shapes" / name)
     order = Order(read_manifest(documents).samples, seed=42, window=16)
-    with_image = [order.locate(position).sample % 2 for position in range(6)]
+    with_image = order.run(0, 6)[:, 2] % 2
     assert any(with_image[2 * step] != with_image[2 * step + 1] for step in range(3))
     return store
 

@@ -220,3 +220,18 @@ def test_a_checkpoint_of_another_family_or_size_is_refused(
     save_file({"projector.0.bias": torch.zeros(48)}, exported / "model.safetensors")
     told = mistake(capsys, exported, folder, "red", out, "step=latest")
     assert "projector.0.bias" in told and "48" in told
+
+
+def test_a_gpu_is_used_unless_none_is_wanted(
+    run_folder: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_run = read_run(run_folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for gpus, device in ((1, "cuda:0"), (0, "cpu")):
+        given = score.Score(checkpoint="c", images="i", texts="t", out="o.csv", gpus=gpus)
+        assert given.running(trained_run).device == device
+    assert given.model_copy(update={"gpus": 1}).running(trained_run, task=4).device == "cuda:1"
+    assert run(run_folder, folder, "red", tmp_path / "scores.csv", "gpus=0", "shown=0") == 0, "there is none here"
+    capsys.readouterr()
+    assert "gpus=" in mistake(capsys, run_folder, folder, "red", tmp_path / "other.csv", "gpus=2")

@@ -12,9 +12,9 @@ import torch
 from checkout import ROOT, environment, launch
 from runs import lines
 
-from hpc_mm import checkpoint
-from hpc_mm.answerer import Weights, find, trained
-from hpc_mm.config import ConfigError, read_run
+from hpc_mm import checkpoint, export
+from hpc_mm.answerer import FIRST, Weights, find, trained
+from hpc_mm.config import IMAGE_PLACE, ConfigError, Run, read_run, with_overrides
 
 SMALL = [
     "cluster=local",
@@ -29,6 +29,8 @@ SMALL = [
 STAGE1 = ["recipe=clip_flant5_toy_stage1", "sources.captions.batch=8"]
 STAGE2 = ["recipe=clip_flant5_toy_stage2", "sources.questions.batch=8"]
 ALONE = ["nodes=1", "strategy=ddp"]
+PACKED = "sources.questions.pack_tokens=512"
+LORA = ["model.lora.rank=4"]  # whose updates have a dropout of 0.05
 
 
 def go(values: dict[str, str], *words: str) -> str:
@@ -57,7 +59,7 @@ def values(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def runs(values: dict[str, str]) -> Path:
-    """Both stages, each by one process and by two nodes, which need not wait for each other's kind."""
+    """Both stages, each by one process and by two nodes, of which the second packs chats into rows."""
     with ThreadPoolExecutor(2) as pool:
         stages1 = [
             pool.submit(go, values, *STAGE1, *ALONE),
@@ -67,7 +69,7 @@ def runs(values: dict[str, str]) -> Path:
             stage.result()
         stages2 = [
             pool.submit(go, values, *STAGE2, *ALONE),
-            pool.submit(go, values, *STAGE2, "name=stage2_zero3", "nodes=2", "strategy=zero3"),
+            pool.submit(go, values, *STAGE2, "name=stage2_zero3", "nodes=2", "strategy=zero3", PACKED),
         ]
         for stage in stages2:
             stage.result()
@@ -80,6 +82,13 @@ def runs(values: dict[str, str]) -> Path:
 def test_the_loss_does_not_depend_on_how_a_batch_is_split(runs: Path, one: str, two: str) -> None:
     assert losses(runs / one)[-1] < losses(runs / one)[0]
     assert losses(runs / two) == pytest.approx(losses(runs / one), rel=2e-4)
+
+
+def test_packing_leaves_no_padding(runs: Path) -> None:
+    alone, packed = (
+        [line["padding"] for line in lines(runs / name)] for name in ("clip_flant5_toy_stage2", "stage2_zero3")
+    )
+    assert sum(packed) == 0 < sum(alone)  # a rank's four chats are one row
 
 
 def test_a_stage_trains_its_parts_alone_and_the_second_begins_where_the_first_ended(runs: Path) -> None:
@@ -128,6 +137,88 @@ def test_a_stage_that_was_ended_goes_on_exactly(runs: Path, values: dict[str, st
     assert losses(run) == losses(runs / "clip_flant5_toy_stage2")
 
 
+@pytest.fixture(scope="module")
+def lora(runs: Path, values: dict[str, str]) -> Path:
+    """A second stage with LoRA."""
+    go(values, *STAGE2, *ALONE, *LORA, "name=lora")
+    return runs / "lora"
+
+
+def test_lora_goes_on_with_the_same_bits_after_a_kill(lora: Path, values: dict[str, str]) -> None:
+    words = [*STAGE2, *ALONE, *LORA, "name=lora_killed"]
+    run = lora.with_name("lora_killed")
+    command = [sys.executable, "-m", "hpc_mm.launch", *SMALL, *words]
+    launcher = subprocess.Popen(command, env=values, stdout=subprocess.DEVNULL)
+    while not checkpoint.finished(run):
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    while "being launched" in (said := launch(values, *SMALL, *words)).stderr:  # by what has not ended with it yet
+        time.sleep(0.1)
+    assert said.returncode == 0 and "going on with it" in said.stdout, said.stdout + said.stderr
+    assert losses(run) == losses(lora)
+    ends = [checkpoint.read_weights(checkpoint.chosen(folder, "4")) for folder in (run, lora)]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_checkpoint_with_lora_holds_what_learns(lora: Path) -> None:
+    end = checkpoint.read_weights(checkpoint.chosen(lora, "4"))
+    assert {name.partition(".")[0] for name in end if ".lora_" not in name} == {"projector"}
+    updates = {name: value for name, value in end.items() if ".lora_" in name}
+    assert len(updates) == 2 * (2 * 7 + 1 * 11)  # of an encoder of two layers and a decoder of one
+    assert all(value.any() for value in updates.values())
+
+
+def exported(run: Path, out: Path, *words: str) -> Path:
+    assert export.main([f"run={run}", f"out={out}", *words]) == 0
+    return out
+
+
+def scores(run: Run, folder: Path, step: str) -> torch.Tensor:
+    """Logits of some answers."""
+    model, tokenizer = trained(Weights(run, folder, step), "fp32")
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = torch.randint(3, len(tokenizer), (2, 3, 9), generator=generator)
+    ids[:, 2] = IMAGE_PLACE
+    features = model.eval().encode(torch.randn(3, 3, 64, 64, generator=generator))
+    with torch.no_grad():
+        return model.logits(ids, torch.ones_like(ids), features, torch.ones(3), labels)  # type: ignore[no-any-return]
+
+
+def test_what_is_exported_of_lora_is_the_same_model(lora: Path, values: dict[str, str], tmp_path: Path) -> None:
+    run = read_run(lora)
+    expected, before = scores(run, lora, "4"), scores(run, lora, FIRST)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    ours = find(str(exported(lora, tmp_path / "ours")), "latest")
+    assert torch.equal(scores(ours.run, ours.folder, ours.step), expected)
+    assert (tmp_path / "ours" / "adapter" / "adapter_config.json").is_file()
+    words = [*STAGE2, *ALONE, "name=mistaken", "start=", f"model.weights={ours.folder}"]
+    assert "model.lora.rank: 4 -> 0" in refused(values, *words)
+    merged = with_overrides(
+        run,
+        {"model.lora.rank": "0", "start": "", "model.weights": str(exported(lora, tmp_path / "out", "form=released"))},
+    )
+    torch.testing.assert_close(scores(merged, lora, FIRST), expected, atol=1e-4, rtol=1e-4)
+    file = exported(lora, tmp_path / "projector", "form=projector") / "mm_projector.bin"
+    projector = with_overrides(run, {"start": "", "model.weights": str(file)})
+    model, _ = trained(Weights(projector, lora, FIRST), "fp32")
+    end = checkpoint.read_weights(checkpoint.chosen(lora, "4"))
+    assert all(torch.equal(value, end[f"projector.{name}"]) for name, value in model.projector.named_parameters())
+
+
+@pytest.mark.chaos  # half a minute
+def test_a_run_begins_with_lora_and_goes_on_training_it_on_two_nodes(lora: Path, values: dict[str, str]) -> None:
+    words = [*STAGE2, *LORA, "name=lora_more", "start=lora", "nodes=2", "strategy=zero3"]
+    go(values, *words)
+    end = checkpoint.read_weights(checkpoint.chosen(lora, "4"))
+    start = checkpoint.read_weights(Path(read_run(lora.with_name("lora_more")).start))
+    more = checkpoint.read_weights(checkpoint.chosen(lora.with_name("lora_more"), "4"))
+    assert start.keys() == end.keys() == more.keys()
+    assert all(torch.equal(start[name], end[name]) for name in end)
+    assert 0 < max(float((more[name] - end[name]).abs().max()) for name in end) < 0.02
+
+
 def test_batches_by_length(runs: Path, values: dict[str, str]) -> None:
     words = [*STAGE2, *ALONE, "name=by_length", "sources.questions.order=length"]
     assert "hpc_mm.measure" in refused(values, *words)
@@ -148,10 +239,12 @@ def test_batches_by_length(runs: Path, values: dict[str, str]) -> None:
         (["sources.questions.form=pairs", "sources.questions.template=none"], "clip_flant5 takes chat"),
         (["sources.questions.template=none"], "t5_v1"),
         (["model.lora.rank=4", "model.trainable=projector"], "lora.rank=4"),
+        (["start=lora"], "model.lora.rank: 4 -> 0"),
+        (["start=lora", "model.lora.rank=4", "model.lora.alpha=8"], "model.lora.alpha: 16.0 -> 8.0"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_queued(
-    runs: Path, values: dict[str, str], words: list[str], said: str
+    lora: Path, values: dict[str, str], words: list[str], said: str
 ) -> None:
     keys = {word.partition("=")[0] for word in words}
     kept = [word for word in SMALL[1:] if not ({"model.language.architecture"} & keys and "architecture" in word)]
@@ -159,4 +252,4 @@ def test_mistakes_are_told_before_anything_is_queued(
     result = launch(values, "cluster=local", *kept, *STAGE2, *ALONE, *named, *words)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert said in result.stderr
-    assert not (runs / "mistaken" / "submissions").exists()
+    assert not (lora.parent / "mistaken" / "submissions").exists()

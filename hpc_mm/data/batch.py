@@ -76,6 +76,11 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORED).sum())
 
     @property
+    def places(self) -> Tensor:
+        """Places that each token takes in the model, (B, T) int64."""
+        return self.attention_mask
+
+    @property
     def tokens(self) -> int:
         return int(self.attention_mask.sum())
 
@@ -88,7 +93,7 @@ class Batch:
         """Pairs of tokens of one sample: the squares of the samples' lengths, summed."""
         segments = self.attention_mask - 1 if self.segments is None else self.segments
         lengths = torch.zeros(len(segments), int(segments.max()) + 2, dtype=torch.int64)  # the first column is padding
-        lengths.scatter_add_(1, segments + 1, torch.ones_like(segments))
+        lengths.scatter_add_(1, segments + 1, self.places)
         return int((lengths[:, 1:] ** 2).sum())
 
     def to(self, device: torch.device | str, images: torch.dtype = torch.float32) -> Batch:

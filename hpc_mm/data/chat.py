@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -42,6 +42,8 @@ class EncoderDecoderBatch(Batch):
     labels but IGNORED are targets, the first too. Where no row is left, one row of one token without image and target.
     """
 
+    answer_segments: Tensor | None = None  # (B, L) int64, of which sample of its row a label is; as ``segments``
+
     @property
     def targets(self) -> int:
         return int((self.labels != IGNORED).sum())
@@ -49,19 +51,16 @@ class EncoderDecoderBatch(Batch):
     @property
     def tokens(self) -> int:
         """Places of the encoder, those of images with them, and of the decoder."""
-        return int(self._encoder_lengths().sum()) + self.targets
+        return int(self.places.sum()) + self.targets
 
     @property
     def padded_tokens(self) -> int:
-        return len(self.input_ids) * int(self._encoder_lengths().max()) + self.labels.numel()
+        return len(self.input_ids) * int(self.places.sum(1).max()) + self.labels.numel()
 
     @property
-    def pairs(self) -> int:
-        """Pairs of places of the encoder: the squares of its rows' lengths, summed."""
-        return int((self._encoder_lengths() ** 2).sum())
-
-    def _encoder_lengths(self) -> Tensor:
-        return self.attention_mask.sum(1) + self.image_counts * (self.spec.tokens - 1)
+    def places(self) -> Tensor:
+        """Places of the encoder."""
+        return torch.where(self.input_ids == IMAGE_PLACE, self.spec.tokens, self.attention_mask)
 
 
 # ---------------------------------------------------------------- sample -> row
@@ -75,7 +74,12 @@ def chat_row(sample: Sample, source: Source, tokenizer: Any, spec: ImageSpec, se
     """
     chance = random.Random(f"{seed}/{epoch}/{sample.id}")
     pictures = Pictures(sample, spec, source.flip, chance)
-    ids, labels, cut = chat_ids(sample, source, tokenizer, chance)
+    question, answer = chat_texts(sample, source, special_text(tokenizer), chance)
+    ids, labels = spliced_ids(question, tokenizer), ended_ids(answer, tokenizer)
+    if (ids[source.max_tokens :] == IMAGE_PLACE).any():
+        raise LeftOut("image beyond max_tokens")
+    cut = max(len(ids), len(labels)) > source.max_tokens
+    ids, labels = ids[: source.max_tokens], labels[: source.max_tokens]
     count = len(sample.images)
     if not all(map(pictures.read, range(count))):
         raise Unusable("; ".join(pictures.lost.values()))
@@ -83,20 +87,13 @@ def chat_row(sample: Sample, source: Source, tokenizer: Any, spec: ImageSpec, se
     return Row(sample.id, ids, labels, images, [], extra=count * (spec.tokens - 1) + len(labels), cut=cut)
 
 
-def chat_ids(
-    sample: Sample, source: Source, tokenizer: Any, chance: random.Random
-) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
-    """The encoder's ids, the answer's, and whether they are cut; LeftOut as ``chat_row``. Images may have no bytes."""
+def chat_texts(sample: Sample, source: Source, special: re.Pattern[str], chance: random.Random) -> tuple[str, str]:
+    """The encoder's text, with IMAGE_TOKEN for images, and the answer; LeftOut as ``chat_row``, but for what is cut."""
     assert source.template is not None  # as Source says of form=chat
-    turns = conversation(sample, special_text(tokenizer))
+    turns = conversation(sample, special)
     check_images(sample, source)
     check_turns(turns, source)
-    question, answer = TEMPLATES[source.template](turns, chance)
-    ids, labels = spliced_ids(question, tokenizer), ended_ids(answer, tokenizer)
-    if (ids[source.max_tokens :] == IMAGE_PLACE).any():
-        raise LeftOut("image beyond max_tokens")
-    cut = max(len(ids), len(labels)) > source.max_tokens
-    return ids[: source.max_tokens], labels[: source.max_tokens], cut
+    return TEMPLATES[source.template](turns, chance)
 
 
 def conversation(sample: Sample, special: re.Pattern[str]) -> list[Turn]:
@@ -163,31 +160,42 @@ def ended_ids(text: str, tokenizer: Any) -> NDArray[np.int64]:
 
 
 def collate_chats(
-    rows: Sequence[Row],
+    rows: Sequence[Sequence[Row]],
     spec: ImageSpec,
     unreadable: Sequence[tuple[str, str]] = (),
     left_out: Sequence[tuple[str, str]] = (),
 ) -> EncoderDecoderBatch:
-    """The chats, one per row, padded on the right to the longest question and to the longest answer."""
-    ids = padded([row.input_ids for row in rows], PAD)
-    lengths = torch.tensor([len(row.input_ids) for row in rows] or [1])
+    """The chats that share each row, one after another, padded on the right to the longest row of questions, and of
+    answers."""
+    chats = [chat for row in rows for chat in row]
+    questions, answers = ([[getattr(chat, part) for chat in row] for row in rows] for part in ("input_ids", "labels"))
+    segments, answer_segments = padded(map(numbered, questions), -1), padded(map(numbered, answers), -1)
+    several = len(chats) > len(rows)
     return EncoderDecoderBatch(
-        input_ids=ids,
-        attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-        labels=padded([row.labels for row in rows], IGNORED),
-        images=stacked([image for row in rows for image in row.images], spec.size),
-        image_counts=torch.tensor([len(row.images) for row in rows] or [0]),
+        input_ids=padded(map(np.concatenate, questions), PAD),
+        attention_mask=(segments >= 0).long() if rows else torch.ones(1, 1, dtype=torch.int64),
+        labels=padded(map(np.concatenate, answers), IGNORED),
+        images=stacked([image for chat in chats for image in chat.images], spec.size),
+        image_counts=torch.tensor([sum(len(chat.images) for chat in row) for row in rows] or [0]),
         spec=spec,
-        ids=[row.id for row in rows],
+        ids=[chat.id for chat in chats],
         unreadable=list(unreadable),
         left_out=list(left_out),
-        cut=[row.id for row in rows if row.cut],
+        segments=segments if several else None,
+        cut=[chat.id for chat in chats if chat.cut],
+        answer_segments=answer_segments if several else None,
     )
 
 
-def padded(rows: Sequence[NDArray[np.int64]], value: int) -> Tensor:
+def numbered(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The number of the part that each token of a row stands in, from 0."""
+    return np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+
+
+def padded(rows: Iterable[NDArray[np.int64]], value: int) -> Tensor:
     """(B, longest), at least (1, 1)."""
-    table = np.full((max(1, len(rows)), max(map(len, rows), default=1)), value, dtype=np.int64)
-    for place, row in enumerate(rows):
+    found = list(rows)
+    table = np.full((max(1, len(found)), max(map(len, found), default=1)), value, dtype=np.int64)
+    for place, row in enumerate(found):
         table[place, : len(row)] = row
     return torch.from_numpy(table)

@@ -10,10 +10,12 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from hpc_mm.config import IMAGE_PLACE, ConfigError, Language, Source
+from hpc_mm.config import IMAGE_TOKEN, ConfigError, Language, Source
 from hpc_mm.data.schema import Sample, Text
 from hpc_mm.data.shards import BrokenShard, ShardInfo, ShardReader, Shards, read_manifest, version
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
@@ -30,8 +32,18 @@ from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
 logger = logging.getLogger(__name__)
 
 FOLDER = ROWS = "lengths"  # of the store, and the tensor in its files
-READS = 16  # samples, or files of lengths, read at once
-DECIDING = {"form", "template", "max_tokens", "max_images", "min_images", "min_similarity"}  # values of a source
+READS = 16  # runs of samples, or files of lengths, read at once
+RUN = 64  # samples that a thread reads one after the other
+DECIDING = {"template", "max_tokens", "max_images", "min_similarity"}  # values of a source
+MOST_WORDS, LONGEST_WORD = 2**17, 32  # words, of so many characters, whose tokens are known at a time: some 30 MB
+BETWEEN_WORDS = re.compile("(?<=[!-~]) (?=[!-~])")
+WORDS = {  # how T5's tokenizer splits text, as tokenizer.json has it
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "WhitespaceSplit"},
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+    ],
+}
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model")  # files of a tokenizer's folder
 
 
@@ -61,7 +73,7 @@ def name_of(source: Source, language: Language) -> str:
     """
     deciding = [tokenizer_digest(language), source.model_dump(include=DECIDING)]
     text = json.dumps(deciding, sort_keys=True)
-    return f"{source.template or source.form}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{source.template}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def tokenizer_digest(language: Language) -> str:
@@ -98,39 +110,99 @@ def count(store: Store, shards: Sequence[str], name: str, source: Source, tokeni
 
     BrokenShard, MissingKey and StoreError where a shard cannot be read.
     """
-    reader = ShardReader(store, indexes=1)
+    from hpc_mm.data.batch import special_text
+
+    reader, special, tokens = ShardReader(store, indexes=1), special_text(tokenizer), token_counter(tokenizer)
     with ThreadPoolExecutor(READS, FOLDER) as threads:
         for done, shard in enumerate(shards, 1):
             key = key_of(store, shard, name)  # before its samples are read: what replaces the shard has another key
-            samples = threads.map(partial(text_of, reader, shard), range(len(reader.index(shard).keys)))
-            rows = np.array([row_of(sample, source, tokenizer) for sample in samples], dtype=np.int32).reshape(-1, 4)
-            store.write(key, save({ROWS: rows}, {"shard": shard}))
+            rows = [row_of(sample, source, special, tokens) for sample in texts_of(reader, shard, threads)]
+            table = np.array(rows, dtype=np.int32).reshape(-1, 4)
+            store.write(key, save({ROWS: table}, {"shard": shard}))
             logger.info("lengths of %s: %d samples (%d of %d shards)", shard, len(rows), done, len(shards))
 
 
-def text_of(reader: ShardReader, shard: str, sample: int) -> Sample | None:
-    """A sample without the bytes of its images; None where it is broken, as training finds it too and counts it."""
-    try:
-        return reader.read_text(shard, sample)
-    except BrokenShard as error:
-        logger.warning("%s", error)
-        return None
+def texts_of(reader: ShardReader, shard: str, threads: Executor) -> Iterator[Sample | None]:
+    """The samples of a shard in order without the bytes of their images, a run for each thread read ahead."""
+    size = len(reader.index(shard).keys)
+    runs = [range(first, min(first + RUN, size)) for first in range(0, size, RUN)]
+    read = partial(run_of, reader, shard)
+    ahead = threads.map(read, runs[:READS])
+    for first in range(READS, len(runs) + READS, READS):
+        found, ahead = ahead, threads.map(read, runs[first : first + READS])
+        yield from chain.from_iterable(found)
 
 
-def row_of(sample: Sample | None, source: Source, tokenizer: Any) -> tuple[int, int, int, int]:
+def run_of(reader: ShardReader, shard: str, numbers: range) -> list[Sample | None]:
+    """These samples; None for one that is broken, as training finds it too and counts it."""
+    found: list[Sample | None] = []
+    for number in numbers:
+        try:
+            found.append(reader.read_text(shard, number))
+        except BrokenShard as error:
+            logger.warning("%s", error)
+            found.append(None)
+    return found
+
+
+def row_of(
+    sample: Sample | None, source: Source, special: re.Pattern[str], tokens: Callable[[str], int]
+) -> tuple[int, int, int, int]:
     """A sample's columns. Where a template splits texts by chance, other epochs have about the same sum."""
     from hpc_mm.data.batch import LeftOut
-    from hpc_mm.data.chat import chat_ids
+    from hpc_mm.data.chat import chat_texts
 
     if sample is None:
         return 0, 0, 0, 0
-    words = sum(len(part.text.split()) for part in sample.parts if isinstance(part, Text))
+    left_out = 0, 0, len(sample.images), sum(len(part.text.split()) for part in sample.parts if isinstance(part, Text))
     try:
-        ids, labels, _ = chat_ids(sample, source, tokenizer, random.Random(sample.id))
+        question, answer = chat_texts(sample, source, special, random.Random(sample.id))
     except LeftOut:
-        return 0, 0, len(sample.images), words
-    images = int((ids == IMAGE_PLACE).sum())
-    return len(ids) - images, len(labels), images, words
+        return left_out
+    *before, last = map(tokens, question.split(IMAGE_TOKEN))
+    places = sum(before) + len(before)  # of the encoder, up to the last image
+    if places > source.max_tokens:
+        return left_out
+    encoder, decoder = (min(size, source.max_tokens) for size in (places + last, tokens(answer)))
+    return encoder - len(before), decoder, *left_out[2:]
+
+
+def token_counter(tokenizer: Any) -> Callable[[str], int]:
+    """How many ids a text has with its end, as ``ended_ids`` makes them; of words that come again they are known.
+
+    ConfigError where the tokenizer ends no text.
+    """
+    from hpc_mm.data.chat import ended_ids
+
+    end = len(ended_ids("", tokenizer))  # after this call a fast tokenizer truncates nothing
+    if not goes_by_word(tokenizer):
+        return lambda text: len(ended_ids(text, tokenizer))
+    encode = tokenizer.backend_tokenizer.encode
+
+    def counted(text: str) -> int:
+        return len(encode(text)) - end
+
+    known = lru_cache(MOST_WORDS)(counted)
+
+    def word(text: str) -> int:  # a passage without spaces would not come again
+        return known(text) if len(text) <= LONGEST_WORD else counted(text)
+
+    return lambda text: end + sum(map(word, text.split(" ") if text.isascii() else BETWEEN_WORDS.split(text)))
+
+
+def goes_by_word(tokenizer: Any) -> bool:
+    """Whether the ids of a text are those of its words one after another: it is split at white space first of all.
+
+    Before that its normalizer may look at grapheme after grapheme, as sentencepiece's does; a space between two ASCII
+    characters is one of its own. Added tokens are looked for even before, so none may have a space in it.
+    """
+    if not tokenizer.is_fast:
+        return False
+    made, normalizer = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.backend_tokenizer.normalizer
+    by_grapheme = made["normalizer"] is None or made["normalizer"]["type"] == "Precompiled"
+    added = (token["content"] for token in made["added_tokens"])
+    no_space = not any(" " in (normalizer.normalize_str(text) if normalizer else text) + text for text in added)
+    return by_grapheme and no_space and made["pre_tokenizer"] == WORDS
 
 
 # ---------------------------------------------------------------- reading

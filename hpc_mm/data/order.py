@@ -85,9 +85,6 @@ class Order:
         self._epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
 
-    def locate(self, position: int) -> Place:
-        return Place(*self.run(position, position + 1)[0].tolist())
-
     def run(self, first: int, stop: int) -> NDArray[np.int64]:
         """(stop - first, 3): epoch, shard and sample of the positions [first, stop)."""
         pieces = [np.empty((0, 3), dtype=np.int64)]

@@ -127,7 +127,7 @@ class Steps(Dataset[list[Batch]]):
         left_out: Sequence[tuple[str, str]] = (),
     ) -> Batch:
         if self.source.form == "chat":
-            return collate_chats([sample for row in rows for sample in row], self.spec, unreadable, left_out)
+            return collate_chats(rows, self.spec, unreadable, left_out)
         return collate(rows, vocabulary(self.tokenizer).pad, self.spec, unreadable, left_out)
 
 

@@ -24,6 +24,7 @@ from hpc_mm.models.clip_flant5_weights import load_weights
 from hpc_mm.models.cross_attention import own_precision
 from hpc_mm.models.flops import clip_flant5_work
 from hpc_mm.models.lora import UPDATE, with_updates
+from hpc_mm.models.packing import sees, starts
 from hpc_mm.models.parts import projector, seeded, splice
 from hpc_mm.models.t5 import load_t5, load_tokenizer
 from hpc_mm.models.vision_tower import image_spec, load_vision
@@ -84,16 +85,26 @@ class ClipFlanT5Model(nn.Module):
     # ------------------------------------------------------------ running
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, images: Tensor, image_counts: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        images: Tensor,
+        image_counts: Tensor,
+        labels: Tensor,
+        segments: Tensor | None = None,
+        answer_segments: Tensor | None = None,
     ) -> Tensor:
         """The sum of the cross-entropy of all labels but those that are -100, in fp32.
 
         ``input_ids`` (B, T), padded on the right, with IMAGE_PLACE for each of the ``images`` (N, 3, S, S), which come
-        in the order of their places, ``image_counts`` (B,) of them per row; ``labels`` (B, L) are the decoder's. Every
+        in the order of their places, ``image_counts`` (B,) of them per row; ``labels`` (B, L) are the decoder's. Rows
+        of several samples have ``segments`` (B, T) as in ``packing``, and their like (B, L) for the decoder. Every
         part runs in every call, with a black image where N = 0, so that all ranks of a sharded run issue the same
         collectives and every trainable parameter gets a gradient, zero where it had no part.
         """
-        hidden = self._decoded(input_ids, attention_mask, self.encode(images), image_counts, labels)
+        features = self.encode(images)
+        read, of = self._read(input_ids, attention_mask, features, image_counts, segments=segments)
+        hidden = self._decoded(read, of, labels, answer_segments)
         positions = labels != IGNORED
         return self.language.lm_head(hidden[positions], labels[positions])  # type: ignore[no-any-return]
 
@@ -110,7 +121,8 @@ class ClipFlanT5Model(nn.Module):
 
         ``length``: places of the encoder, images' too; 0 = as many as the longest row has.
         """
-        return self.language.lm_head(self._decoded(input_ids, attention_mask, features, image_counts, labels, length))  # type: ignore[no-any-return]
+        read, of = self._read(input_ids, attention_mask, features, image_counts, length)
+        return self.language.lm_head(self._decoded(read, of, labels))  # type: ignore[no-any-return]
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (N, 3, S, S) -> features (N, P, D); a black image's where N = 0."""
@@ -125,36 +137,47 @@ class ClipFlanT5Model(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, features: Tensor, image_counts: Tensor, **how: Any
     ) -> Tensor:
         """Answers, (B, at most max_new_tokens) padded on the right; ``how`` is for transformers' ``generate``."""
-        read, mask = self._read(input_ids, attention_mask, features, image_counts)
+        read, of = self._read(input_ids, attention_mask, features, image_counts)
         how = {"decoder_start_token_id": self.pad_id, "eos_token_id": self.end_id, "pad_token_id": self.pad_id, **how}
         found = self.language.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=read), attention_mask=mask, **how
+            encoder_outputs=BaseModelOutput(last_hidden_state=read), attention_mask=of >= 0, **how
         )
         return found[:, 1:]  # type: ignore[no-any-return]
 
     def _read(
-        self, input_ids: Tensor, attention_mask: Tensor, features: Tensor, image_counts: Tensor, length: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """What the encoder makes of each row, (B, T', D), and its mask, (B, T') bool."""
-        embedded = self.language.shared(input_ids.clamp(min=0))
-        inputs, mask = splice(embedded, input_ids, features, image_counts, attention_mask, length)
-        read = self.language.encoder(inputs_embeds=inputs, attention_mask=_seen(mask))
-        return read.last_hidden_state, mask
-
-    def _decoded(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         features: Tensor,
         image_counts: Tensor,
-        labels: Tensor,
         length: int = 0,
-    ) -> Tensor:
-        """What the head reads at every label, (B, L, D)."""
-        read, mask = self._read(input_ids, attention_mask, features, image_counts, length)
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the encoder makes of each row, (B, T', D), and the sample of each place, (B, T'), -1 = padding."""
+        embedded = self.language.shared(input_ids.clamp(min=0))
+        inputs, token = splice(embedded, input_ids, features, image_counts, attention_mask, length)
+        samples = attention_mask - 1 if segments is None else segments
+        of = nn.functional.pad(samples, (0, 1), value=-1).gather(1, token)
+        mask = (of >= 0)[:, None] if segments is None else of[:, :, None] == of[:, None]
+        return self.language.encoder(inputs_embeds=inputs, attention_mask=mask[:, None]).last_hidden_state, of
+
+    def _decoded(self, read: Tensor, of: Tensor, labels: Tensor, segments: Tensor | None = None) -> Tensor:
+        """What the head reads at every label, (B, L, D), from what ``_read`` gave.
+
+        transformers takes masks of four dimensions as they are, without a look at their values, which would wait.
+        """
         before = nn.functional.pad(labels[:, :-1].clamp(min=self.pad_id), (1, 0), value=self.pad_id)
+        own, across = None, (of >= 0)[:, None]
+        if segments is not None:
+            before = before.masked_fill(starts(segments), self.pad_id)
+            own = sees(segments)[:, None]
+            across = segments.clamp(min=0)[:, :, None] == of[:, None]  # padding looks at something, else it were nan
         hidden: Tensor = self.language.decoder(
-            input_ids=before, encoder_hidden_states=read, encoder_attention_mask=_seen(mask), use_cache=False
+            input_ids=before,
+            attention_mask=own,
+            encoder_hidden_states=read,
+            encoder_attention_mask=across[:, None],
+            use_cache=False,
         ).last_hidden_state
         config = self.language.config
         return hidden * config.d_model**-0.5 if config.scale_decoder_outputs else hidden
@@ -206,8 +229,3 @@ class ClipFlanT5Model(nn.Module):
         crossed = targets * pairs / max(source, 1)  # a target looks at its row's encoder tokens, here at their mean
         counts = {"image": max(images, 1), "source": source, "pair": pairs, "target": targets, "crossed": crossed}
         return sum(counts[work.per] * work.forward * (1 + work.backward) for work in self._work)
-
-
-def _seen(mask: Tensor) -> Tensor:
-    """(B, T) as the (B, 1, 1, T) that transformers takes as it is, without a look at its values, which would wait."""
-    return mask[:, None, None, :]

@@ -20,7 +20,17 @@ from torch import Tensor
 
 from hpc_mm.config import ConfigError
 from hpc_mm.models.lora import UPDATE, merged
-from hpc_mm.models.weight_files import copy_into, exported_files, load_exported, pickled, read_json, state_in, tensors
+from hpc_mm.models.weight_files import (
+    copy_into,
+    exported_files,
+    load_exported,
+    pickled,
+    places,
+    read_json,
+    state_in,
+    tensors,
+    without_updates,
+)
 
 if TYPE_CHECKING:
     from hpc_mm.models.clip_flant5 import ClipFlanT5Model
@@ -58,7 +68,7 @@ def load_weights(model: ClipFlanT5Model, weights: str) -> None:
     if path.is_file():
         load_projector(model, path)
     elif (path / "run.json").is_file() and (exported := exported_files(path)):
-        load_exported(model, dict(model.named_parameters()), exported, ("projector",))
+        load_exported(model, places(model), exported, ("projector",))
     elif (path / "config.json").is_file():
         load_released(model, path)
     else:
@@ -109,8 +119,7 @@ def load_released(model: ClipFlanT5Model, folder: Path) -> None:
 
 def _placed(model: ClipFlanT5Model) -> dict[str, Tensor]:
     """The parameters by the names that they have without LoRA, but its updates."""
-    named = model.named_parameters()
-    return {name.replace(".base_layer.", "."): value for name, value in named if UPDATE not in name}
+    return {without_updates(name): value for name, value in model.named_parameters() if UPDATE not in name}
 
 
 def _name(model: ClipFlanT5Model, key: str) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hpc_mm.config import Lora
+from hpc_mm.models.weight_files import without_updates
 
 UPDATE = ".lora_"  # in the name of every parameter of an update, and in no other
 ADAPTER = ".default."  # peft's name for the only one
@@ -36,11 +37,7 @@ def peft_config(lora: Lora, leaves: Iterable[str]) -> LoraConfig:
 
 def merged(language: nn.Module) -> dict[str, Tensor]:
     """The language model's weights without LoRA: updates are added to what they update."""
-    state = {
-        name.replace(".base_layer.", "."): value.detach()
-        for name, value in language.named_parameters()
-        if UPDATE not in name
-    }
+    state = {without_updates(name): value.detach() for name, value in language.named_parameters() if UPDATE not in name}
     for name, module in language.named_modules():
         if isinstance(module, Linear):
             state[f"{name}.weight"] = state[f"{name}.weight"] + module.get_delta_weight("default").detach()
@@ -50,7 +47,7 @@ def merged(language: nn.Module) -> dict[str, Tensor]:
 def save_adapter(lora: Lora, base: str, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write the updates among ``weights``, by their names in our model, as ``PeftModel.from_pretrained`` reads them.
 
-    ``base`` is the name of the language model that they update.
+    ``base`` is the name of the language model that they update; empty = it has none.
     """
     updates = {name: value for name, value in weights.items() if UPDATE in name}
     config = peft_config(lora, {name.partition(UPDATE)[0].rpartition(".")[2] for name in updates})

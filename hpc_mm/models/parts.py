@@ -40,8 +40,8 @@ def splice(
 
     ``features`` (N, P, D) are the rows' images in order, ``image_counts`` (B,) of them per row; where none has any,
     they may be anything, and get a gradient of zero. Gives the inputs (B, L, D), zero where there is padding, which
-    stays on the right, and their mask (B, L) bool. L is ``length``; 0 = that of the longest
-    row, at least 1: reading it waits for the device.
+    stays on the right, and the token that each place belongs to, (B, L) int64, T where it is padding. L is ``length``;
+    0 = that of the longest row, at least 1: reading it waits for the device.
     """
     is_image = (input_ids == IMAGE_PLACE) & attention_mask.bool()
     torch._assert_async((is_image.sum(dim=1) == image_counts).all(), "images must be as many as their places")
@@ -49,13 +49,12 @@ def splice(
     patches, width = features.shape[1:]
     ends = torch.where(is_image, patches, attention_mask.long()).cumsum(dim=1)
     places = torch.arange(length or max(1, int(ends.max())), device=ends.device).repeat(rows, 1)
-    token = torch.searchsorted(ends, places, right=True)  # that a place belongs to; ``tokens`` where it is padding
-    mask = token < tokens
-    token = token.clamp(max=tokens - 1) + tokens * torch.arange(rows, device=ends.device)[:, None]
+    owner = torch.searchsorted(ends, places, right=True)  # that a place belongs to; ``tokens`` where it is padding
+    token = owner.clamp(max=tokens - 1) + tokens * torch.arange(rows, device=ends.device)[:, None]
     within = places - (ends.flatten()[token] - patches)  # of the image's features
     image = is_image.flatten().cumsum(dim=0)[token] - 1
     of_image = rows * tokens + patches * image + within
     source = torch.where(is_image.flatten()[token], of_image, token)
     nothing = rows * tokens + features.shape[0] * patches
     table = torch.cat([embedded.flatten(0, 1), features.flatten(0, 1), features.new_zeros(1, width)])
-    return table[torch.where(mask, source, nothing)], mask
+    return table[torch.where(owner < tokens, source, nothing)], owner

@@ -53,7 +53,7 @@ class UntiedT5(T5ForConditionalGeneration):  # type: ignore[misc]
 
 
 class EncoderAttention(T5Attention):  # type: ignore[misc]
-    """Attention of an encoder whose first layer puts padding into the bias that all layers take.
+    """Attention of an encoder whose first layer puts what must not be seen into the bias that all layers take.
 
     transformers' own makes the sum of the two, (B, heads, T, T), anew in every layer, and keeps it for backward.
     """
@@ -61,7 +61,7 @@ class EncoderAttention(T5Attention):  # type: ignore[misc]
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, position_bias: Tensor | None = None, **given: Any
     ) -> Any:
-        """``mask`` is (B, 1, 1, T) bool, true where there is no padding."""
+        """``mask`` is (B, 1, 1 or T, T) bool: true where a place, or each of its own, may be looked at."""
         if position_bias is None:
             length = hidden_states.shape[1]
             position_bias = self.compute_bias(length, length, device=hidden_states.device)

@@ -10,15 +10,28 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpc_mm.config import ConfigError
+
+BELOW_UPDATES = ".base_layer."  # peft's, in the name of a weight that LoRA's updates are put upon
 
 
 class HasParts(Protocol):
     """A model whose parameters belong to named parts."""
 
     def part_of(self, name: str) -> str: ...
+
+
+def without_updates(name: str) -> str:
+    """The name that a parameter has where there is no LoRA."""
+    return name.replace(BELOW_UPDATES, ".")
+
+
+def places(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters by name, those below LoRA's updates by the name that they have without, too."""
+    named = dict(model.named_parameters())
+    return {**{without_updates(name): value for name, value in named.items()}, **named}
 
 
 def exported_files(folder: Path, name: str = "model.safetensors") -> list[Path]:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 class AnswerBatch(Protocol):
-    """What the objective reads of a batch: (B, T) ids and mask of the encoder, (N, 3, S, S) images, (B,) image counts,
-    and (B, L) labels of the decoder."""
+    """What the objective reads of a batch: (B, T) ids, mask and perhaps segments of the encoder, (N, 3, S, S) images,
+    (B,) image counts, and (B, L) labels and perhaps segments of the decoder."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -24,8 +24,20 @@ class AnswerBatch(Protocol):
     def image_counts(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
+    @property
+    def segments(self) -> Tensor | None: ...
+    @property
+    def answer_segments(self) -> Tensor | None: ...
 
 
 def answer(model: Callable[..., Tensor], batch: AnswerBatch) -> Tensor:
     """Sum of -log p(token | question, images, answer so far) over the answers' tokens, in fp32."""
-    return model(batch.input_ids, batch.attention_mask, batch.images, batch.image_counts, batch.labels)
+    return model(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.images,
+        batch.image_counts,
+        batch.labels,
+        segments=batch.segments,
+        answer_segments=batch.answer_segments,
+    )

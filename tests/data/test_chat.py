@@ -258,7 +258,7 @@ def test_rows_keep_their_images_and_ends_and_batches_count_them(
         assert (found.input_ids == IMAGE_PLACE).sum() == len(found.images) == images
         assert found.cut or (found.labels[-1] == END and found.input_ids[-1] == END)
         assert 1 <= len(found.labels) <= max_tokens and 1 <= len(found.input_ids) <= max_tokens
-    batch = collate_chats(rows, SPEC)
+    batch = collate_chats([[found] for found in rows], SPEC)
     encoders = [len(found.input_ids) + 3 * len(found.images) for found in rows]
     assert batch.tokens == sum(found.length for found in rows) == sum(encoders) + batch.targets
     assert batch.targets == sum(len(found.labels) for found in rows)
@@ -266,18 +266,42 @@ def test_rows_keep_their_images_and_ends_and_batches_count_them(
     assert batch.pairs == sum(length**2 for length in encoders)
     assert batch.cut == [found.id for found in rows if found.cut]
     assert batch.image_counts.tolist() == expected and len(batch.images) == sum(expected)
+    shared = collate_chats([rows[::2], rows[1::2]] if rows[1:] else [rows], SPEC)
+    assert (shared.tokens, shared.targets, shared.pairs) == (batch.tokens, batch.targets, batch.pairs)
+    assert sorted(shared.ids) == sorted(batch.ids) and sorted(shared.cut) == sorted(batch.cut)
+    assert len(shared.images) == len(batch.images)
+
+
+def test_chats_that_share_a_row_are_told_apart() -> None:
+    long, short = row(chat(1, images=2).parts), row((user("a?"), answer("Yes")), sample_id="short")
+    batch = collate_chats([[long, short], [short]], SPEC)
+    assert batch.segments is not None and batch.answer_segments is not None
+    for kept, segments, pad in (
+        (batch.input_ids, batch.segments, 0),
+        (batch.labels, batch.answer_segments, IGNORED),
+    ):
+        parts = ("input_ids", "labels")[kept is batch.labels]
+        assert kept[0][segments[0] == 0].tolist() == getattr(long, parts).tolist()
+        assert kept[0][segments[0] == 1].tolist() == getattr(short, parts).tolist()
+        assert kept[1][segments[1] == 0].tolist() == getattr(short, parts).tolist()
+        assert (kept[segments == -1] == pad).all()
+        assert segments[0].tolist() == sorted(segments[0].tolist())
+    assert torch.equal(batch.attention_mask, (batch.segments >= 0).long())
+    assert batch.ids == ["sample", "short", "short"] and batch.image_counts.tolist() == [2, 0]
+    moved = batch.to("cpu")
+    assert moved.answer_segments is not None and torch.equal(moved.answer_segments, batch.answer_segments)
 
 
 def test_a_batch_is_padded_on_the_right() -> None:
     long, short = row(chat(1, images=2).parts), row((user("a?"), answer("Yes")), sample_id="short")
-    batch = collate_chats([long, short], SPEC, [("x", "gone")], [("y", "rule")])
+    batch = collate_chats([[long], [short]], SPEC, [("x", "gone")], [("y", "rule")])
     assert len(long.labels) > len(short.labels) and len(long.input_ids) > len(short.input_ids)
     length, replied = len(short.input_ids), len(short.labels)
     assert batch.input_ids[0].tolist() == long.input_ids.tolist() and batch.labels[0].tolist() == long.labels.tolist()
     assert batch.input_ids[1].tolist() == [*short.input_ids, *[0] * (len(long.input_ids) - length)]
     assert batch.labels[1].tolist() == [*short.labels, *[IGNORED] * (len(long.labels) - replied)]
     assert batch.attention_mask.sum(1).tolist() == [len(long.input_ids), length]
-    assert batch.attention_mask[1, :length].all() and batch.segments is None
+    assert batch.attention_mask[1, :length].all() and batch.segments is batch.answer_segments is None
     assert batch.ids == ["sample", "short"] and batch.unreadable == [("x", "gone")]
     assert batch.left_out == [("y", "rule")] and batch.cut == [] and batch.lost_images == []
     moved = batch.to("cpu", torch.bfloat16)
@@ -301,10 +325,7 @@ def test_a_batch_of_nothing_is_one_row_without_target_and_image() -> None:
     [
         ({"form": "chat"}, "form=chat wants a template, one of t5_plain_split_text, t5_plain, t5_v1"),
         ({"form": "pairs", "template": "t5_v1"}, "template=t5_v1 is for form=chat alone; form=pairs has none"),
-        (
-            {"form": "chat", "template": "t5_v1", "pack_tokens": 64},
-            "pack_tokens=64 must be 0 with form=chat, of one sample per row",
-        ),
+        ({"form": "chat", "template": "t5_v1", "pack_tokens": 31}, "pack_tokens=31 must be max_tokens=32 or more"),
     ],
 )
 def test_sources_that_cannot_be(values: dict[str, Any], message: str) -> None:

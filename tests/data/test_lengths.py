@@ -2,6 +2,7 @@ import io
 import logging
 import random
 import tarfile
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,24 @@ import pytest
 import samples
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hpc_mm.config import ConfigError, Language, Loader, Source
-from hpc_mm.data.chat import chat_row
-from hpc_mm.data.lengths import check_lengths, count, key_of, lengths_of, name_of, shards_to_do
+from hpc_mm.data import lengths
+from hpc_mm.data.batch import LeftOut, special_text
+from hpc_mm.data.chat import chat_row, ended_ids
+from hpc_mm.data.lengths import (
+    check_lengths,
+    count,
+    goes_by_word,
+    key_of,
+    lengths_of,
+    name_of,
+    row_of,
+    shards_to_do,
+    token_counter,
+)
 from hpc_mm.data.schema import Image, Sample, Text
 from hpc_mm.data.shards import ShardReader, ShardWriter, read_manifest, read_samples
 from hpc_mm.data.store import FolderStore, Store, open_store
@@ -23,6 +38,8 @@ from hpc_mm.data.stream import make_loader
 from hpc_mm.index import index_foreign
 
 TOKENIZER = chat_samples.t5_tokenizer()
+COUNTER = token_counter(TOKENIZER)
+TEMPLATES = ("t5_v1", "t5_plain")  # t5_plain_split_text splits by chance
 HUB = Language(name="google/flan-t5-xl")
 
 
@@ -99,19 +116,107 @@ def test_pairs_of_others_have_lengths_too(tmp_path: Path) -> None:
 
 
 words = st.lists(st.sampled_from(samples.WORDS), min_size=1, max_size=30).map(" ".join)
+SPECIAL = special_text(TOKENIZER)
 
 
 @given(text=words, seed=st.integers(0, 99), epoch=st.integers(0, 99))
 def test_a_split_by_chance_hardly_changes_the_sum(text: str, seed: int, epoch: int) -> None:
     """Of what is split in other epochs: by the pieces of the word that is cut."""
-    from hpc_mm.data.lengths import row_of
-
     chosen = source("x", template="t5_plain_split_text", max_tokens=500)
     sample = Sample("sample", (chat_samples.image(1), Text(text)))
-    encoder, decoder, images, _ = row_of(sample, chosen, TOKENIZER)
+    encoder, decoder, images, _ = row_of(sample, chosen, SPECIAL, COUNTER)
     row = chat_row(sample, chosen, TOKENIZER, samples.SPEC, seed, epoch)
     assert images == 1
     assert abs(encoder + decoder - (len(row.input_ids) - 1 + len(row.labels))) <= max(map(len, text.split())) + 1
+
+
+# ---------------------------------------------------------------- counts of tokens
+
+
+def charsmap(mapped: dict[str, str]) -> bytes:
+    """What sentencepiece normalizes by: a double array of the keys' bytes, a block of 256 for each node, and values."""
+    values, nodes, cells = "", {b"": 0}, [[0] * 256]
+    for key, value in mapped.items():
+        data = key.encode()
+        for end in range(1, len(data) + 1):
+            if data[:end] not in nodes:
+                nodes[data[:end]] = len(nodes)
+                cells.append([0] * 256)
+                at = 256 * nodes[data[: end - 1]] + data[end - 1]
+                cells[at // 256][at % 256] = (at ^ 256 * nodes[data[:end]]) << 10 | data[end - 1]
+        at = 256 * nodes[data[:-1]] + data[-1]
+        cells[at // 256][at % 256] |= 1 << 8  # a key ends here
+        cells[nodes[data]][0] = len(values.encode()) | 1 << 31
+        values += value + "\0"
+    units = np.array(cells, dtype="<u4").tobytes()
+    return len(units).to_bytes(4, "little") + units + values.encode()
+
+
+def splitting(*steps: Any, normalizer: Any = None, added: str = "") -> Any:
+    """The T5 tokenizer with other parts."""
+    backend = Tokenizer.from_str(TOKENIZER.backend_tokenizer.to_str())
+    if steps:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if added:
+        backend.add_tokens([added])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+NORMALIZED = normalizers.Precompiled(charsmap({" ": " ", "\t": " ", "\u3000": " ", "ﬁ": "a b", "é": "e", "\u200b": ""}))
+BY_WORD = [TOKENIZER, splitting(normalizer=NORMALIZED), splitting(added="red")]
+OTHERS = [
+    splitting(added="red star"),
+    splitting(normalizer=NORMALIZED, added="red\u3000star"),
+    splitting(normalizer=normalizers.Replace("d s", "t")),
+    splitting(pre_tokenizers.Metaspace()),
+    splitting(pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="first")),
+]
+ATOMS = [*"aéﬁ①한🙂▁!.<", *samples.WORDS[:5], "</s>", "<extra_id_7>", "red star"]
+ATOMS += [*" \t\n\r\0\x1c\x7f\xa0\u3000\u2028\u200b\u200d\u0308\u0600\u0903\ufeff", "  "]
+raw = st.lists(st.sampled_from(ATOMS) | st.just(" ") | st.characters(exclude_categories=["Cs"]), max_size=12).map(
+    "".join
+)
+
+
+def test_the_map_normalizes_graphemes() -> None:
+    """So that the next test sees that a space may not be taken from what it joins."""
+    assert NORMALIZED.normalize_str("ﬁé\u3000x \u0308y") == "a be x y"
+
+
+@pytest.mark.parametrize(("tokenizer", "tokens"), [(one, token_counter(one)) for one in (*BY_WORD, *OTHERS)])
+@given(texts=st.lists(raw, max_size=4))
+def test_a_count_is_that_of_the_tokenizer(tokenizer: Any, tokens: Callable[[str], int], texts: list[str]) -> None:
+    assert list(map(tokens, texts + texts)) == [len(ended_ids(text, tokenizer)) for text in texts + texts]
+
+
+def test_which_tokenizers_go_by_word() -> None:
+    assert list(map(goes_by_word, [*BY_WORD, *OTHERS])) == [True] * len(BY_WORD) + [False] * len(OTHERS)
+    with pytest.raises(ConfigError, match="the tokenizer ends no text"):
+        token_counter(samples.word_tokenizer())
+
+
+turns = st.tuples(raw, raw, st.integers(0, 2))
+
+
+@given(found=st.lists(turns, min_size=1, max_size=3), limit=st.integers(1, 150), template=st.sampled_from(TEMPLATES))
+def test_a_chat_has_the_lengths_of_its_row(found: list[Any], limit: int, template: str) -> None:
+    """What a rule leaves out, too."""
+    parts: list[Any] = []
+    for question, answer, images in found:
+        parts += [Text(question, "user"), *(chat_samples.image(i, "user") for i in range(images))]
+        parts.append(Text(answer, "assistant"))
+    sample = Sample("sample", tuple(parts))
+    chosen = source("x", template=template, max_tokens=limit)
+    tokens = row_of(sample, chosen, SPECIAL, COUNTER)
+    try:
+        row = chat_row(sample, chosen, TOKENIZER, samples.SPEC, 0, 0)
+    except LeftOut:
+        assert tokens[:3] == (0, 0, len(sample.images))
+    else:
+        assert tokens[:3] == (len(row.input_ids) - len(row.images), len(row.labels), len(row.images))
+    assert tokens[3] == sum(len(question.split()) + len(answer.split()) for question, answer, _ in found)
 
 
 # ---------------------------------------------------------------- the files
@@ -129,6 +234,20 @@ def test_what_is_done_is_not_done_again_and_comes_out_the_same(chats: Path) -> N
     for shard in random.Random(0).sample(shards[1:], len(shards) - 1):
         count(store, [shard], name, chosen, TOKENIZER)
     assert {shard: store.read(key_of(store, shard, name)) for shard in shards} == whole
+
+
+@pytest.mark.parametrize(("run", "reads"), [(1, 1), (1, 2), (3, 2), (2, 50)])
+def test_lengths_come_in_order_however_samples_are_read(
+    chats: Path, run: int, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_all(chats)
+    before = lengths_of(source(chats), HUB)
+    monkeypatch.setattr(lengths, "RUN", run)
+    monkeypatch.setattr(lengths, "READS", reads)
+    store, name = open_store(str(chats)), name_of(source(chats), HUB)
+    count(store, read_manifest(store).names, name, source(chats), TOKENIZER)
+    after = lengths_of(source(chats), HUB)
+    assert before is not None and after is not None and before.digest == after.digest
 
 
 def test_a_shard_that_was_made_again_is_counted_again(chats: Path) -> None:

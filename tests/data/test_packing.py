@@ -27,7 +27,8 @@ def tokens(row: list[Row]) -> int:
 
 
 def source(pack_tokens: int) -> Source:
-    return Source(data="x", form="pairs", batch=1, max_tokens=40, max_images=6, pack_tokens=pack_tokens, pack_images=8)
+    packing = {"pack_tokens": pack_tokens, "pack_images": 8} if pack_tokens else {}
+    return Source(data="x", form="pairs", batch=1, max_tokens=40, max_images=6, **packing)
 
 
 @given(count=st.integers(0, 10**12), parts=st.integers(1, 64))

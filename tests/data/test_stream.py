@@ -104,7 +104,7 @@ def test_a_stream_is_its_order_without_gaps(documents: str) -> None:
     store = open_store(documents)
     reader, shards = ShardReader(store), read_manifest(store)
     places = Order(shards.samples, 7, data.shuffle_shards)
-    expected = [reader.read(shards.names[at.shard], at.sample).id for at in map(places.locate, range(15 + 44))]
+    expected = [reader.read(shards.names[shard], sample).id for _, shard, sample in places.run(0, 15 + 44).tolist()]
     found = steps_of(data, 3, 2, (0, 9))
     assert [len(step) for step in found] == [5] * 3 + [0] * 2 + [11] * 4
     assert [row[0] for step in found for row in step] == expected
@@ -283,6 +283,28 @@ def test_chats_of_like_length_share_a_micro_batch_with_their_images_and_answers(
     assert lengths == sorted(lengths) and len(lengths) == 17
 
 
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (3, 2)])
+def test_packed_chats_are_the_same_and_fit_their_rows(chats: str, world: int, accumulate: int) -> None:
+    room = 700  # one image of 500 places and its text, or several chats without any
+    data = chat_source(chats, template="t5_v1", pack_tokens=room)
+    whole = [chat_rows(step) for step in chat_batches(chat_source(chats, template="t5_v1"))]
+    ranks = [chat_batches(data, rank, world, accumulate) for rank in range(world)]
+    rows_of_several = 0
+    for place, step in enumerate(zip(*ranks, strict=True)):
+        batches = [batch for own in step for batch in own]
+        assert sorted(name for batch in batches for name in batch.ids) == sorted(row[0] for row in whole[place])
+        assert sum(batch.targets for batch in batches) == sum(len(row[2]) for row in whole[place])
+        for batch in batches:
+            assert batch.tokens <= batch.padded_tokens
+            if batch.segments is not None and batch.answer_segments is not None:
+                taken = batch.places.sum(1) + (batch.labels != -100).sum(1)
+                several = batch.segments.max(1).values > 0
+                assert torch.equal(several, batch.answer_segments.max(1).values > 0)
+                assert (taken[several] <= room).all()
+                rows_of_several += int(several.sum())
+    assert rows_of_several
+
+
 def test_a_rank_without_any_chat_still_has_a_batch(tmp_path: Path) -> None:
     with ShardWriter(open_store(str(tmp_path)), "texts") as writer:
         for number in range(4):
@@ -299,10 +321,11 @@ WORLDS, WORKERS, PACKING = (1, 2, 3, 4, 8), (0, 1, 2, 5), (0, 64)
 
 def blend(documents: str, pairs: str, pack_tokens: int) -> list[Source]:
     """Three sources of other sizes and forms, one of which pauses and grows."""
+    few_images = {"pack_images": 7} if pack_tokens else {}
     return [
         source(documents, batch=8, drop_single_image=0.5, pack_tokens=pack_tokens),
         source(documents, batch=5, batch_from={9: 2, 120: 0, 140: 9}, shuffle_shards=5, pack_tokens=pack_tokens),
-        source(pairs, batch=4, form="pairs", pack_tokens=pack_tokens, pack_images=7),
+        source(pairs, batch=4, form="pairs", pack_tokens=pack_tokens, **few_images),
     ]
 
 

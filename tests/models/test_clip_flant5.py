@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tiny_t5 import (
     tokenizer_file,
 )
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config
 
@@ -145,6 +147,60 @@ def test_an_answer_depends_on_its_images_alone(tokenizer: str) -> None:
     assert [bool((one != other).any()) for one, other in zip(before, after, strict=True)] == [False, True, False, False]
 
 
+def run(model: ClipFlanT5Model, shared: list[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its gradients where the samples of ``rows`` share rows so."""
+    ids, mask, images, counts, labels = rows()
+    own = images.split(counts.tolist())
+
+    def joined(table: Tensor, kept: Tensor, value: int) -> tuple[Tensor, Tensor]:
+        pad = partial(pad_sequence, batch_first=True)
+        tokens = [torch.cat([table[i][kept[i]] for i in row]) for row in shared]
+        numbers = [torch.cat([torch.full((int(kept[i].sum()),), n) for n, i in enumerate(row)]) for row in shared]
+        return pad(tokens, padding_value=value), pad(numbers, padding_value=-1)
+
+    (input_ids, segments), (answers, answer_segments) = joined(ids, mask > 0, 0), joined(labels, labels != -100, -100)
+    model.zero_grad()
+    loss = model(
+        input_ids,
+        (segments >= 0).long(),
+        torch.cat([own[i] for row in shared for i in row]),
+        torch.tensor([sum(int(counts[i]) for i in row) for row in shared]),
+        answers,
+        segments=segments,
+        answer_segments=answer_segments,
+    )
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in learning(model).items()}
+
+
+@pytest.mark.parametrize("values", [{}, {"trainable": ("projector",)}, {"lora": LORA, "gradient_checkpointing": True}])
+@pytest.mark.parametrize("architecture", [FLAN, TIED], ids=["flan", "tied"])
+@pytest.mark.parametrize("shared", [[[0, 1, 2, 3]], [[3, 0], [2, 1]], [[2, 3, 1], [0]]])
+def test_samples_that_share_a_row_do_not_see_each_other(
+    tokenizer: str, values: dict[str, Any], architecture: dict[str, Any], shared: list[list[int]]
+) -> None:
+    model = made(configured(tokenizer, architecture, dropout=0.0, **values))
+    open_updates(model)
+    ids, mask, images, counts, labels = rows()
+    plain = model(ids, mask, images, counts, labels)
+    alone, packed = run(model, [[i] for i in range(4)]), run(model, shared)
+    torch.testing.assert_close(alone[0], plain, atol=0, rtol=1e-6)
+    torch.testing.assert_close(packed[0], plain, atol=0, rtol=1e-6)
+    for name, gradient in alone[1].items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(packed[1][name], gradient, atol=1e-5 * max(scale, 1), rtol=1e-4, msg=name)
+
+
+def test_shared_rows_in_bf16(tokenizer: str) -> None:
+    model = made(configured(tokenizer, dropout=0.0), precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        alone, packed = run(model, [[i] for i in range(4)]), run(model, [[0, 1, 2, 3]])
+    torch.testing.assert_close(packed[0], alone[0], atol=0, rtol=2e-3)
+    for name, gradient in alone[1].items():
+        assert (packed[1][name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+
 def test_generation_follows_the_logits(tokenizer: str) -> None:
     model = made(configured(tokenizer)).eval()
     ids, mask, images, counts, _ = rows()
@@ -219,15 +275,33 @@ def test_decay_is_of_matrices(tokenizer: str) -> None:
     assert not [name for name in decays if any(word in name for word in ("shared", "bias", "norm"))]
 
 
-@pytest.mark.parametrize("values", [{}, {"trainable": ("projector",)}, {"lora": LORA}])
-def test_gradient_checkpointing_changes_nothing(tokenizer: str, values: dict[str, Any]) -> None:
-    plain = made(configured(tokenizer, **values))
-    saving = made(configured(tokenizer, gradient_checkpointing=True, **values))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("images", [4, 0])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"trainable": ("projector",)},
+        {"lora": Lora(rank=3, dropout=0.1)},
+        {"lora": LORA, "trainable": ("language",)},  # the encoder reads what has no gradient
+    ],
+)
+def test_gradient_checkpointing_changes_nothing(
+    tokenizer: str, values: dict[str, Any], images: int, precision: str
+) -> None:
+    plain = made(configured(tokenizer, **values), precision=precision)
+    saving = made(configured(tokenizer, gradient_checkpointing=True, **values), precision=precision)
+    ids, mask, pictures, counts, labels = rows()
+    if not images:
+        ids, mask, pictures, counts, labels = ids[2:3], mask[2:3], pictures[:0], counts[2:3], labels[2:3]
     for model in (plain, saving):
+        open_updates(model)
         torch.manual_seed(3)  # of dropout
-        model(*rows()).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            model(ids, mask, pictures, counts, labels).backward()
     for (name, one), other in zip(learning(plain).items(), learning(saving).values(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, msg=name)
+        assert one.grad is not None and torch.equal(one.grad, other.grad), name
+        assert bool(one.grad.any()) == bool(images or not name.startswith("projector.")), name
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own

@@ -27,7 +27,7 @@ def test_splice_equals_a_loop(rows: list[list[bool]], patches: int, padding: int
     features = torch.randn(max(1, int(counts.sum())), patches, 3, requires_grad=True)
     if not length:
         return
-    found, seen = splice(embedded, ids, features, counts, mask)
+    found, token = splice(embedded, ids, features, counts, mask)
     images = iter(features)
     expected = [
         torch.cat(
@@ -42,7 +42,8 @@ def test_splice_equals_a_loop(rows: list[list[bool]], patches: int, padding: int
     for place, row in enumerate(expected):
         assert torch.equal(found[place, : len(row)], row)
         assert not found[place, len(row) :].any()
-        assert seen[place].tolist() == [True] * len(row) + [False] * (found.shape[1] - len(row))
+        owners = [i for i, image in enumerate(rows[place]) for _ in range(patches if image else 1)]
+        assert token[place].tolist() == owners + [length] * (found.shape[1] - len(row))
     found.sum().backward()
     assert embedded.grad is not None and features.grad is not None
     assert int(embedded.grad.sum()) == 3 * sum(len(row) - sum(row) for row in rows)
