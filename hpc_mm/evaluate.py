@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from hpc_mm import answerer, results, trials
+from hpc_mm import answerer, results, scoring, trials
 from hpc_mm.arrays import run_stages
 from hpc_mm.benchmark import Benchmark, Decoding, questions, shards_of
 from hpc_mm.checkpoint import LATEST
@@ -21,10 +22,10 @@ from hpc_mm.config import ConfigError, Positive, parse_arguments, read_run
 from hpc_mm.data.shards import read_manifest
 from hpc_mm.data.store import open_store
 from hpc_mm.demonstrations import QUERY_SET
-from hpc_mm.predictions import parts_to_do
+from hpc_mm.intervals import Interval
+from hpc_mm.predictions import Row, parts_to_do
 from hpc_mm.protocol import RICES
 from hpc_mm.rules import OPENFLAMINGO, rules_of
-from hpc_mm.scoring import metric_of
 from hpc_mm.similarity import Encoder, compute, shards_to_do
 from hpc_mm.site import read_options
 from hpc_mm.staged import PLAN, Staged, exit_code
@@ -52,7 +53,6 @@ class Evaluation(Staged):
     rules: tuple[str, ...] = Field((OPENFLAMINGO.name,), description="by whose rules answers are scored")
     examples: Whole = Field(60, description="questions on the page of results, of every trial; 0 = no page")
     stage: Literal["all", "plan", "features", "answer", "collect"] = Field("all", description="what to do")
-    watch: bool = Field(False, description="show how far it is, and scores so far, until all is done")
 
     @field_validator("shots", "seeds", "rules")
     @classmethod
@@ -69,10 +69,6 @@ class Evaluation(Staged):
         for name in rules:
             rules_of(name)
         return rules
-
-    @property
-    def plans(self) -> bool:
-        return self.stage in ("all", PLAN) and not self.watch
 
     @property
     def choice(self) -> Choice:
@@ -99,10 +95,7 @@ def command(benchmark: Benchmark, words: Sequence[str], values: Mapping[str, Any
     weights = found(options)
     options = options.located(asked.name, weights.step if weights else options.step)
     if options.watch:
-        from hpc_mm.watch import watch
-
-        planned = trials.read(options.out, options.choice)
-        return watch(planned, asked, options.rules, jobs_of(options, asked, planned))
+        return watch(options, asked)
     if options.plans and options.cluster != "print":
         plan(options, asked)
     return run(options, asked, words) if options.stage != PLAN else 0
@@ -143,7 +136,7 @@ def found(options: Evaluation) -> answerer.Weights | None:
 def plan(options: Evaluation, benchmark: Benchmark) -> Planned:
     """Fix the work list. All that a user may have got wrong is told here, before anything is queued, but for prompts
     that are too long for the model: they take its tokenizer, and each task looks at the longest before it begins."""
-    metric_of(benchmark.metric)
+    scoring.metric_of(benchmark.metric)
     asked = questions(options.data, benchmark.split, benchmark)
     pool = questions(options.data, benchmark.demonstrations, benchmark)
     known = Pool.of(benchmark, pool)
@@ -191,6 +184,31 @@ def parts_of(planned: Planned, task: int, tasks: int) -> list[tuple[Trial, int]]
     return todo
 
 
+def watch(options: Evaluation, benchmark: Benchmark) -> int:
+    """How far all trials are, and their scores so far by the first rules."""
+    from hpc_mm import watch
+
+    planned, rules = trials.read(options.out, options.choice), options.rules[0]
+    begin = scoring.running(benchmark, rules, planned.questions) if planned.questions[0].references else None
+    watched = [
+        watch.Watched(str(trial), planned.store(trial), plan, begin and partial(score_so_far, planned, trial, begin()))
+        for trial, plan in planned.plans.items()
+    ]
+    jobs = options.watched(benchmark.name, planned.step)
+    return watch.watch(watched, "questions", f"{benchmark.metric}, {rules}", jobs)
+
+
+def score_so_far(
+    planned: Planned, trial: Trial, running: scoring.Running, new: Mapping[int, list[Row]]
+) -> dict[str, Interval]:
+    """A trial's score with the rows of new parts, by its name; none where they do not suffice."""
+    running.add({part: ([planned.by_id[row["id"]] for row in rows], rows) for part, rows in new.items()})
+    try:
+        return {str(trial): running.scores().interval(len(planned.questions))}
+    except ValueError:  # of a curve, one class alone so far
+        return {}
+
+
 def features(options: Evaluation, benchmark: Benchmark) -> None:
     """Image features of this task's shards, where demonstrations are chosen by them."""
     store = open_store(options.data)
@@ -235,16 +253,6 @@ def run(options: Evaluation, benchmark: Benchmark, words: Sequence[str]) -> int:
         options.job_name(benchmark.name, options.step), options.stages, script_words(words, options, script)
     )
     return run_stages(work, options.cluster, options.task, lambda stage: run_stage(stage, options, benchmark))
-
-
-def jobs_of(options: Evaluation, benchmark: Benchmark, planned: Planned) -> list[str]:
-    """Names of the Slurm jobs whose work is watched; none where this command would run here."""
-    from hpc_mm import slurm
-
-    if options.cluster not in ("auto", "slurm") or not slurm.is_here():
-        return []
-    name = options.job_name(benchmark.name, planned.step)
-    return [f"{name}-{stage}" for stage in options.stages if stage in options.SHARED]
 
 
 def script_words(words: Sequence[str], options: Evaluation, script: str) -> list[str]:

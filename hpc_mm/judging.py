@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -26,12 +27,13 @@ from hpc_mm.config import ConfigError, Run
 from hpc_mm.data.parts import changes
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store, write_changed
 from hpc_mm.data.templates import QUESTION
+from hpc_mm.faithfulness import Floats
 from hpc_mm.faithfulness_files import Item
 from hpc_mm.intervals import Interval
 from hpc_mm.metrics import vqascore
 from hpc_mm.predictions import Plan, Row, as_read, merged, parts_to_do, read_plan, save_plan, write_part
 from hpc_mm.results import VQASCORE, finite
-from hpc_mm.scoring import PERCENT
+from hpc_mm.scoring import percent
 from hpc_mm.site import read_options
 from hpc_mm.staged import PLAN, Staged, exit_code
 
@@ -92,10 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command(words: Sequence[str]) -> int:
     options: Judging = read_options(Judging, words)
-    plans = options.stage in ("all", PLAN)
-    weights = found(options.checkpoint, options.step, plans) if plans or not options.out else None
+    named = not options.plans and options.out
+    weights = None if named else found(options.checkpoint, options.step, digests=options.plans)
     options = options.located(options.benchmark, weights.step if weights else options.step)
-    if weights and plans and options.cluster != "print":
+    if options.watch:
+        return watch(options)
+    if weights and options.plans and options.cluster != "print":
         plan(options, weights)
     if options.stage == PLAN:
         return 0
@@ -209,6 +213,32 @@ def rows_of(scorer: VqaScorer, items: Sequence[Item], folder: Path) -> list[Row]
     return rows
 
 
+def watch(options: Judging) -> int:
+    """How far it is, and the figures of the items so far."""
+    from hpc_mm import watch
+
+    store, kept, items, _ = planned(options)
+    scored = partial(figures_so_far, options.benchmark, {item.id: item for item in items}, {})
+    watched = watch.Watched(options.benchmark, store, kept, scored)
+    jobs = options.watched(options.benchmark, str(kept.work["step"]))
+    return watch.watch([watched], "items", f"{options.benchmark}, {VQASCORE}", jobs)
+
+
+def figures_so_far(
+    benchmark: str, by_id: Mapping[str, Item], known: dict[str, Floats], new: Mapping[int, list[Row]]
+) -> dict[str, Interval]:
+    """Times 100, as ``collect`` has them, with the rows of new parts; those of parts of the items where there are no
+    others, and none where the rows do not suffice. ``known``: scores by item, to which those of the rows are added."""
+    known.update((row["id"], vqascore(row["log_probabilities"], VQASCORE)) for rows in new.values() for row in rows)
+    items = [item for name, item in by_id.items() if name in known]
+    try:
+        found = faithfulness.results(benchmark, items, [known[item.id] for item in items])
+    except ValueError:  # of a curve, one class alone so far
+        return {}
+    whole = {name: one for name, one in found.items() if "/" not in name}
+    return {name: percent(one) for name, one in (whole or found).items()}
+
+
 def collect(options: Judging) -> None:
     """Merge the parts and write every item's scores, and results.json: figures times 100 by both modes."""
     store, kept, items, weights = planned(options)
@@ -250,7 +280,7 @@ def id_of(protocol: dict[str, Any], mode: str) -> str:
 
 
 def as_percent(found: Interval) -> dict[str, float | None]:
-    return {end: finite(PERCENT * value) for end, value in zip(("score", "low", "high"), found, strict=True)}
+    return {end: finite(value) for end, value in zip(("score", "low", "high"), percent(found), strict=True)}
 
 
 def show(values: dict[str, Any]) -> None:

@@ -30,7 +30,11 @@ class Scores:
 
     def interval(self, total: int | None = None) -> Interval:
         """Times 100; ``total`` as ``mean_interval`` has it."""
-        return Interval(*(PERCENT * value for value in mean_interval(self.each, total)))
+        return percent(mean_interval(self.each, total))
+
+
+def percent(found: Interval) -> Interval:
+    return Interval(*(PERCENT * value for value in found))
 
 
 Metric = Callable[[Sequence[Question], Sequence[Row], Rules], Scores]

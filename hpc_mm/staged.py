@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from hpc_mm import slurm
 from hpc_mm.answerer import EXPORT, ModelOptions, Weights
 from hpc_mm.arrays import Stage, Work
 from hpc_mm.config import ConfigError, Positive, Slurm
@@ -38,6 +39,7 @@ class Staged(ModelOptions):
     cluster: Literal["auto", "slurm", "local", "print"] = Field("auto", description="auto = Slurm where sbatch is")
     name: str = Field("", description="of the Slurm jobs; empty = run, benchmark and step")
     slurm: Slurm = Field(Slurm(), description="what sbatch is told")
+    watch: bool = Field(False, description="show how far it is, and scores so far, until all is done")
 
     @model_validator(mode="after")
     def a_task_is_of_one_stage(self) -> Self:
@@ -46,6 +48,11 @@ class Staged(ModelOptions):
         if self.task is not None and self.task >= self.tasks:
             raise ValueError(f"task={self.task}: tasks={self.tasks} are numbered from 0 to {self.tasks - 1}")
         return self
+
+    @property
+    def plans(self) -> bool:
+        """Whether this command fixes the work list."""
+        return self.stage in ("all", PLAN) and not self.watch
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -78,6 +85,13 @@ class Staged(ModelOptions):
     def job_name(self, benchmark: str, step: str) -> str:
         """Of the Slurm jobs, before their stage."""
         return self.name or f"{Path(self.checkpoint).name}-{benchmark}-step-{step}"
+
+    def watched(self, benchmark: str, step: str) -> list[str]:
+        """Names of the Slurm jobs whose work is watched; none where this command would run here."""
+        if self.cluster not in ("auto", "slurm") or not slurm.is_here():
+            return []
+        name = self.job_name(benchmark, step)
+        return [f"{name}-{stage}" for stage in self.stages if stage in self.SHARED]
 
     def work(self, name: str, stages: Sequence[str], words: Sequence[str]) -> Work:
         """A located command's stages as jobs; ``words`` as of ``again``."""

@@ -12,12 +12,10 @@ from rich.live import Live
 from rich.table import Table
 
 from hpc_mm import slurm
-from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError
+from hpc_mm.data.store import Store
 from hpc_mm.intervals import Interval
-from hpc_mm.predictions import Done, State, done_parts, state
-from hpc_mm.scoring import Running, running
-from hpc_mm.trials import Planned, Trial
+from hpc_mm.predictions import Done, Plan, Row, State, done_parts, state
 
 EVERY = 5.0  # seconds between looks
 QUIET = 300.0  # seconds without a new part that are told
@@ -26,32 +24,28 @@ ASKED = 30.0  # seconds between two questions to Slurm
 AGAIN = "give the same command again, without watch=true"
 
 
+Scored = Callable[[Mapping[int, list[Row]]], Mapping[str, Interval]]
+"""Takes the rows of parts that have not come before, by number, and gives the scores of all that came, by name."""
+
+
 @dataclass
 class Watched:
-    """A trial and what is known of it."""
+    """A plan's parts, and what is known of them."""
 
-    trial: Trial
-    running: Running | None = None  # None where nothing can be scored
+    name: str
+    store: Store
+    plan: Plan
+    scored: Scored | None = None  # None where nothing can be scored
     done: Mapping[int, Done] = field(default_factory=dict)  # without their rows, which may be a million
-    score: Interval | None = None  # of what is done
+    scores: Mapping[str, Interval] = field(default_factory=dict)  # of what is done
 
-    def look(self, planned: Planned) -> State:
-        plan = planned.plans[self.trial]
-        found = done_parts(planned.store(self.trial), plan, self.done)
-        rows = {part: done.rows for part, done in found.items() if part not in self.done}
-        new = {part: ([planned.by_id[row["id"]] for row in some], some) for part, some in rows.items()}
+    def look(self) -> State:
+        found = done_parts(self.store, self.plan, self.done)
+        new = {part: done.rows for part, done in found.items() if part not in self.done}
         self.done = {part: replace(done, rows=[]) for part, done in found.items()}
-        if new and self.running is not None:
-            self.running.add(new)
-            self.score = self._scored(self.running, len(planned.questions))
-        return state(plan, self.done)
-
-    @staticmethod
-    def _scored(running: Running, total: int) -> Interval | None:
-        try:
-            return running.scores().interval(total)
-        except ValueError:  # of a curve, one class alone so far
-            return None
+        if new and self.scored is not None:
+            self.scores = self.scored(new)
+        return state(self.plan, self.done)
 
 
 class Queue:
@@ -78,28 +72,25 @@ class Queue:
             self.gone, self.answers = False, False
 
 
-def watch(
-    planned: Planned, benchmark: Benchmark, rules: Sequence[str], jobs: Sequence[str] = (), every: float = EVERY
-) -> int:
+def watch(trials: Sequence[Watched], what: str, title: str, jobs: Sequence[str] = (), every: float = EVERY) -> int:
     """Show every trial until all parts are done; reads what tasks have written, and nothing else.
 
-    ``jobs``: names of Slurm jobs that make parts, of which it is told when none is left; none = Slurm is not asked.
+    ``what``: a plan's ids are of, such as questions. ``jobs``: names of Slurm jobs that make parts, of which it is told
+    when none is left; none = Slurm is not asked.
     """
-    begin = running(benchmark, rules[0], planned.questions) if planned.questions[0].references else lambda: None
-    trials = [Watched(trial, begin()) for trial in planned.plans]
     console = Console()
     queue = Queue(jobs, partial(console.print, markup=False, soft_wrap=True))
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             began, told = time.monotonic(), queue.words()  # before the look: a job's last part comes before its end
-            states = [one.look(planned) for one in trials]
+            states = [one.look() for one in trials]
             ended = all(found.questions == found.total for found in states)
             told = "" if ended else told or silence(trials)
-            table = shown(trials, states, f"{benchmark.metric}, {rules[0]}{told}")
+            table = shown(trials, states, what, title + told)
             if console.is_terminal:
                 live.update(table, refresh=True)
             else:
-                print(line(trials, states) + told, flush=True)
+                print(line(trials, states, what) + told, flush=True)
             if ended:
                 break
             time.sleep(max(every, SHARE * (time.monotonic() - began)))
@@ -116,29 +107,29 @@ def silence(trials: Sequence[Watched]) -> str:
     return f"; nothing new for {clock(time.time() - newest)}: see the logs, or {AGAIN}"
 
 
-def shown(trials: Sequence[Watched], states: Sequence[State], title: str) -> Table:
+def shown(trials: Sequence[Watched], states: Sequence[State], what: str, title: str) -> Table:
     table = Table(title=title)
-    for name in ("trial", "questions", "score", "95 % interval of all", "questions/s", "left"):
-        table.add_column(name, justify="left" if name == "trial" else "right")
+    for name in ("", what, "score", "95 % interval", f"{what}/s", "left"):
+        table.add_column(name, justify="right" if name else "left")
     for one, found in zip(trials, states, strict=True):
-        count = f"{found.questions:,} of {found.total:,}"
-        score, interval = ("", "")
-        if one.score is not None:
-            score, interval = f"{one.score.mean:.2f}", f"{one.score.low:.2f} to {one.score.high:.2f}"
         rate = "" if found.rate is None else f"{found.rate:.1f}"
-        table.add_row(str(one.trial), count, score, interval, rate, clock(found.left))
+        state_of = (f"{found.questions:,} of {found.total:,}", rate, clock(found.left))
+        if not one.scores:
+            table.add_row(one.name, state_of[0], "", "", *state_of[1:])
+        for name, score in one.scores.items():
+            table.add_row(name, state_of[0], f"{score.mean:.2f}", f"{score.low:.2f} to {score.high:.2f}", *state_of[1:])
+            state_of = ("", "", "")
     return table
 
 
-def line(trials: Sequence[Watched], states: Sequence[State]) -> str:
+def line(trials: Sequence[Watched], states: Sequence[State], what: str) -> str:
     """All trials in a line, for a log."""
     done, total = (sum(getattr(found, name) for found in states) for name in ("questions", "total"))
-    words = [f"{done:,} of {total:,} questions"]
-    for one in trials:
-        if one.score is not None:
-            words.append(f"{one.trial.name} {one.score.mean:.2f} ({one.score.low:.2f} to {one.score.high:.2f})")
+    scores = [(name, score) for one in trials for name, score in one.scores.items()]
+    words = [f"{name}: {score.mean:.2f} ({score.low:.2f} to {score.high:.2f})" for name, score in scores]
     left = time_left(trials, done, total)
-    return "  ".join([*words, *([f"{clock(left)} left"] if left and done < total else [])])
+    ending = [f"{clock(left)} left"] if left and done < total else []
+    return "  ".join([f"{done:,} of {total:,} {what}", *words, *ending])
 
 
 def time_left(trials: Sequence[Watched], done: int, total: int) -> float | None:

@@ -302,7 +302,7 @@ def test_watching(run_folder: Path, data: dict[str, str], tmp_path: Path, capsys
     assert "44 of 44 questions" in said and "2 shots, seed 3" in said
     for entry in results(tmp_path)["scores"]:
         for trial in entry["trials"]:
-            assert f"{trial['score']:.2f} ({trial['score']:.2f} to {trial['score']:.2f})" in said, "all are scored"
+            assert f": {trial['score']:.2f} ({trial['score']:.2f} to {trial['score']:.2f})" in said, "all are scored"
 
 
 def test_the_jobs_that_are_watched_are_those_that_answer(
@@ -325,11 +325,11 @@ def test_the_jobs_that_are_watched_are_those_that_answer(
         assert run(VQA, run_folder, data, tmp_path / "out", *words) == 0
         named = re.findall(r"--job-name=(\S+)", capsys.readouterr().out)
         monkeypatch.setenv("PATH", str(tmp_path))
-        watched = evaluate.jobs_of(evaluate.Evaluation(**given), VQA, planned)
+        watched = evaluate.Evaluation(**given).watched("vqav2", planned.step)
         assert watched == [name for name in named if not name.endswith("-collect")] and watched
-        assert evaluate.jobs_of(evaluate.Evaluation(**given, cluster="local"), VQA, planned) == []
+        assert evaluate.Evaluation(**given, cluster="local").watched("vqav2", planned.step) == []
     monkeypatch.setenv("PATH", "")
-    assert evaluate.jobs_of(evaluate.Evaluation(**given), VQA, planned) == []
+    assert evaluate.Evaluation(**given).watched("vqav2", planned.step) == []
 
 
 # ---------------------------------------------------------------- mistakes

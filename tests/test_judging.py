@@ -18,6 +18,8 @@ from hpc_mm import arrays, compare, faithfulness, judging, results
 from hpc_mm.answerer import Weights, trained
 from hpc_mm.config import ConfigError, read_run
 from hpc_mm.data.store import open_store
+from hpc_mm.faithfulness_files import Item
+from hpc_mm.metrics import vqascore
 from hpc_mm.recipes.toy import toy
 from hpc_mm.vqascore import VqaScorer
 
@@ -91,6 +93,45 @@ def test_figures_are_those_of_the_scores(run_folder: Path, data: Path, tmp_path:
     assert [entry["protocol"].split("/")[2] for entry in values["scores"]] == ["vqascore@v1", "p_yes@v1"]
     assert (values["items"], values["pairs"], values["cleaned"]) == (ITEMS, 27, 5)
     assert values["scores"][0] != values["scores"][1]
+
+
+def test_watching(run_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It shows the figures of what is done, and at the end those of results.json."""
+    assert run(run_folder, data, tmp_path) == 0
+    entry = read(tmp_path)["scores"][0]
+    capsys.readouterr()
+    assert run(run_folder, data, tmp_path, "watch=true") == 0
+    said = capsys.readouterr().out
+    assert f"{ITEMS} of {ITEMS} items  accuracy: " in said and "pairs, vqascore" in said
+    assert f"accuracy: {entry['score']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})" in said
+
+
+def test_figures_so_far_are_those_of_the_items_that_are_done(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    assert run(run_folder, data, tmp_path) == 0
+    items, rows = faithfulness.read("pairs", data), [json.loads(line) for line in raw_rows(tmp_path)]
+    known: dict[str, Any] = {}
+    for part in (3, 0):  # one after the other, in any order
+        new = {part: rows[2 * part : 2 * part + 2]}
+        found = judging.figures_so_far("pairs", {item.id: item for item in items}, known, new)
+    done = [*range(2), *range(6, 8)]
+    scores = [vqascore(rows[place]["log_probabilities"], "vqascore") for place in done]
+    expected = faithfulness.results("pairs", [items[place] for place in done], scores)
+    assert found == {"accuracy": tuple(100 * value for value in expected["accuracy"])}
+
+
+def raw_rows(out: Path) -> list[str]:
+    """Lines of the parts, without their heads."""
+    return [line for file in sorted(out.glob("parts/*")) for line in file.read_text().splitlines()[1:]]
+
+
+def test_figures_so_far_of_sources(tmp_path: Path) -> None:
+    """Of one class alone there is none; where no figure is of all items, those of their parts are shown."""
+    items = [Item(str(place), ("a",), (f"t{place}",), human=place % 2, group="coco") for place in range(4)]
+    by_id, known = {item.id: item for item in items}, {}
+    rows = [{"id": item.id, "log_probabilities": [[[-1.0 - place]]]} for place, item in enumerate(items)]
+    assert judging.figures_so_far("seetrue", by_id, known, {0: rows[::2]}) == {}
+    found = judging.figures_so_far("seetrue", by_id, known, {1: rows[1::2]})
+    assert list(found) == ["auroc/coco"] and found["auroc/coco"].mean == 25.0
 
 
 def test_killed_tasks_are_run_again(run_folder: Path, data: Path, tmp_path: Path) -> None:

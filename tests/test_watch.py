@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from evaluations import TOY, VQA
 
 from hpc_mm import benchmark, metrics, trials
 from hpc_mm.benchmark import Benchmark
+from hpc_mm.evaluate import score_so_far
 from hpc_mm.predictions import Done, write_part
 from hpc_mm.scoring import running
 from hpc_mm.trials import Choice, Planned, Pool, Trial
@@ -26,6 +28,13 @@ def planned(tmp_path: Path, one: Benchmark) -> Planned:
     return trials.save(plan, choice.shown(pool), one, {}, 4)
 
 
+def watched(plan: Planned, one: Benchmark) -> Watched:
+    """Its only trial."""
+    (trial,) = plan.plans
+    scored = partial(score_so_far, plan, trial, running(one, "openflamingo", plan.questions)())
+    return Watched(str(trial), plan.store(trial), plan.plans[trial], scored)
+
+
 def answer(plan: Planned, part: int, text: str, began: float = 1.0) -> None:
     (trial,) = plan.plans
     rows = [{"id": number, "text": text if i else "nothing"} for i, number in enumerate(plan.plans[trial].ids_of(part))]
@@ -35,13 +44,13 @@ def answer(plan: Planned, part: int, text: str, began: float = 1.0) -> None:
 @pytest.mark.parametrize("one", [TOY, VQA], ids=lambda one: one.name)
 def test_the_running_score_is_that_of_what_is_done(one: Benchmark, tmp_path: Path) -> None:
     plan = planned(tmp_path, one)
-    seen = Watched(Trial(2, 1), running(one, "openflamingo", plan.questions)())
-    state = seen.look(plan)
-    assert (state.questions, state.total, seen.score) == (0, len(plan.questions), None)
+    seen = watched(plan, one)
+    state = seen.look()
+    assert (state.questions, state.total, seen.scores) == (0, len(plan.questions), {})
     said = "caption 3.1" if one.kind == "caption" else "a1"
     for part in (2, 0):  # one at a look
         answer(plan, part, said)
-        state = seen.look(plan)
+        state = seen.look()
     done = [*plan.questions[0:4], *plan.questions[8:12]]
     if one.kind == "caption":
         whole = ["nothing", said, said, said] * (len(plan.questions) // 4)
@@ -50,31 +59,31 @@ def test_the_running_score_is_that_of_what_is_done(one: Benchmark, tmp_path: Pat
     else:
         references = [question.references for question in done]
         each = list(metrics.vqa_accuracy_each(["nothing", said, said, said] * 2, references))
-    assert state.questions == 8 and seen.score is not None
+    assert state.questions == 8
     low, mean, high = sorted(metrics.mean_interval(each, len(plan.questions)))
-    assert seen.score == (100 * mean, 100 * low, 100 * high)
-    assert seen.score.low < seen.score.mean < seen.score.high
+    assert seen.scores == {"2 shots, seed 1": (100 * mean, 100 * low, 100 * high)}
+    assert low < mean < high
 
 
 def test_what_is_scored_is_not_read_again(tmp_path: Path) -> None:
     """Of a million rows a look keeps their scores, and when they were made."""
     plan = planned(tmp_path, VQA)
-    seen = Watched(Trial(2, 1), running(VQA, "openflamingo", plan.questions)())
+    seen = watched(plan, VQA)
     answer(plan, 0, "a1")
-    seen.look(plan)
+    seen.look()
     plan.store(Trial(2, 1)).write("parts/000000.jsonl", b"no longer looked at")
     answer(plan, 1, "a1")
-    assert seen.look(plan).questions == 8
+    assert seen.look().questions == 8
     assert not any(part.rows for part in seen.done.values())
 
 
-def test_a_hidden_split_has_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_scores_the_count_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(tmp_path, VQA)
-    plan.questions[:] = [replace(question, references=()) for question in plan.questions]
     for part in range(10):
         answer(plan, part, "a1")
-    assert watch(plan, VQA, ["openflamingo"], every=0) == 0
-    assert capsys.readouterr().out.startswith("40 of 40 questions\n")
+    assert watch([replace(watched(plan, VQA), scored=None)], "questions", "hidden", every=0) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("40 of 40 questions\n") and "2 shots, seed 1" in said
 
 
 def test_it_ends_with_the_last_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,17 +91,17 @@ def test_it_ends_with_the_last_part(tmp_path: Path, capsys: pytest.CaptureFixtur
     parts = plan.plans[Trial(2, 1)].parts
     for part in range(parts):
         answer(plan, part, "a1")
-    assert watch(plan, VQA, ["openflamingo"], every=0) == 0
+    assert watch([watched(plan, VQA)], "questions", "vqa", every=0) == 0
     said = capsys.readouterr().out
-    assert "40 of 40 questions  2shot-s1 22.50 (22.50 to 22.50)" in said
+    assert "40 of 40 questions  2 shots, seed 1: 22.50 (22.50 to 22.50)" in said
 
 
 def test_silence_is_told(tmp_path: Path) -> None:
     plan = planned(tmp_path, VQA)
-    seen = Watched(Trial(2, 1))
+    seen = watched(plan, VQA)
     assert silence([seen]) == ""
     answer(plan, 0, "a1")
-    seen.look(plan)
+    seen.look()
     assert silence([seen]) == ""
     (part,) = seen.done.values()
     seen.done = {0: Done(part.rows, 1.0, time.time() - 3600.0)}
@@ -151,14 +160,14 @@ def test_a_job_that_ends_with_the_last_part_is_not_told(
     last = tmp_path / "out-vqav2" / "2shot-s1" / "parts" / "000009.jsonl"
     last.rename(tmp_path / "last")
     squeue(f"mv {tmp_path}/last {last} 2>&1")
-    assert watch(plan, VQA, ["openflamingo"], ["toy-answer"], every=0) == 0
+    assert watch([watched(plan, VQA)], "questions", "vqa", ["toy-answer"], every=0) == 0
     said = capsys.readouterr().out
     assert "40 of 40 questions" in said and "Slurm has no job" not in said
 
 
 def test_the_time_left_is_that_of_all_trials(tmp_path: Path) -> None:
     """Of two trials the first is done, by two tasks side by side, after a night's pause between its parts."""
-    first, second = Watched(Trial(0, 1)), Watched(Trial(2, 1))
+    first, second = (watched(planned(tmp_path / name, VQA), VQA) for name in ("first", "second"))
     rows = [{"id": "0"}] * 4
     first.done = {0: Done(rows, 0.0, 10.0), 1: Done(rows, 0.0, 10.0), 2: Done(rows, 50_000.0, 50_010.0)}
     assert time_left([first, second], 12, 24) == 20.0
