@@ -14,9 +14,9 @@ demo: .venv/train.stamp
 	  $(BIN)/python eval/$$name.py checkpoint=demo/runs/toy step=$$step cluster=local || exit; done; done
 	$(BIN)/python -m hpc_mm.report run=demo/runs/toy
 
-# All tests. Those that need Slurm, Ceph or Java are skipped, with the reason, where these are absent.
+# All tests, by two processes of one thread each: small models lose more by threads than they gain. Those that need Slurm, Ceph or Java are skipped, with the reason, where these are absent.
 test: .venv/all.stamp
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 check: .venv/all.stamp
 	$(BIN)/ruff format --check .

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -40,6 +39,8 @@ def mean_interval(each: ArrayLike, total: int | None = None) -> Interval:
     how far another benchmark of this kind and size would be from this one. A formula and not a bootstrap: it is the
     same at each call, costs nothing while a benchmark runs, and a resample does not know of a finite population.
     """
+    from scipy.special import stdtrit  # a fifth of the start of a rank that trains, which computes none
+
     scores = _finite(each)
     count = len(scores)
     if total is not None and total < count:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from itertools import chain
 
 from hpc_mm.ptb_characters import LETTERS, SYMBOLS, character_class
@@ -127,7 +128,6 @@ FORMS = {  # in the order in which they are tried
     "newline": r"\n",
     "symbol": r"[^\s]",
 }
-SCANNER = re.compile("[^\\S\n]*+(?:" + "|".join(f"(?P<{name}>{form})" for name, form in FORMS.items()) + ")")
 UNREADABLE = re.compile(
     rf"[^\s\d!-~{QUOTES_AND_DASHES}{character_class(LETTERS)}{character_class(SYMBOLS)}{re.escape(''.join(WRITTEN))}]"
 )  # emoji and the like vanish
@@ -170,10 +170,16 @@ def _readable(caption: str) -> str:
     return caption if caption.isascii() else UNREADABLE.sub(" ", caption.replace(SOFT_HYPHEN, ""))
 
 
+@cache
+def _scanner() -> re.Pattern[str]:
+    """Compiled when it is wanted: it takes a quarter of a second, and a rank that trains scores nothing."""
+    return re.compile("[^\\S\n]*+(?:" + "|".join(f"(?P<{name}>{form})" for name, form in FORMS.items()) + ")")
+
+
 def _scan(text: str, start: int) -> list[str]:
     """Tokens from a place in a text to the end of its line."""
     tokens: list[str] = []
-    for found in SCANNER.finditer(text, start):
+    for found in _scanner().finditer(text, start):
         form = str(found.lastgroup)
         if form == "newline":
             break

@@ -25,6 +25,7 @@ def test_gpu_on_a_cpu() -> None:
         assert word in found
 
 
+@pytest.mark.chaos  # half a minute of imports
 def test_without_a_gpu_nothing_is_measured() -> None:
     if not torch.cuda.is_available():
         assert output("benchmarks/gpu.py") == "no GPU here: nothing was measured\n"

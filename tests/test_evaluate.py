@@ -16,7 +16,7 @@ import questions
 import samples
 import small_run
 
-from hpc_mm import arrays, benchmark, checkpoint, evaluate, metrics, trials
+from hpc_mm import arrays, benchmark, checkpoint, evaluate, metrics, scoring, trials
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError
 from hpc_mm.predictions import NAME
@@ -533,4 +533,4 @@ def test_weights_that_rot_after_the_plan(
 
 def test_a_metric_that_is_none(run_folder: Path, data: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean cider"):
-        evaluate.metric_of("cidr")
+        scoring.metric_of("cidr")

@@ -71,9 +71,8 @@ def whole(case: str, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return state
 
 
-USUAL = {  # the rest takes minutes; test_two_stages has both stages under ddp, ZeRO-2 and ZeRO-3
+USUAL = {  # the rest takes minutes; two_stages has both stages under ddp, ZeRO-2 and ZeRO-3, cluster/training ZeRO-1
     ("ddp", "fp32"): ("flamingo",),
-    ("zero1", "bf16"): ("flamingo",),
     ("zero2", "fp32"): ("flamingo",),
     ("zero3", "bf16"): ("flamingo", "stage2"),
     ("fsdp", "fp32"): ("flamingo", "lora"),
