@@ -20,7 +20,7 @@ DEV = [
     "hypothesis",
     "mypy>=1.15",
     "pytest>=8",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "ruff>=0.9",
     "types-PyYAML",
     "boto3-stubs[s3]",

@@ -35,6 +35,7 @@ WORDS = 2000
 TEXTS = 4  # of each image
 ROUNDS = 3  # of each side in turn, of which the fastest counts
 APART = {"fp32": 1e-4, "bf16": 0.1}  # that scores may be, relative
+DEVICES = ("cpu", "cuda")
 SIZES = {  # size: tower, T5, images
     "tiny": ((16, 8, 2, 16), (16, 8, 32, 1, 2), 2),
     "small": ((64, 16, 4, 160), (128, 32, 320, 3, 4), 64),
@@ -101,7 +102,7 @@ def main() -> None:
     given = parse_arguments(sys.argv[1:])
     size, device = given.get("size", "small"), given.get("device", "cpu")
     precision = given.get("precision", "fp32" if device == "cpu" else "bf16")
-    for key, value, known in (("size", size, SIZES), ("precision", precision, APART)):
+    for key, value, known in (("size", size, SIZES), ("device", device, DEVICES), ("precision", precision, APART)):
         if value not in known:
             sys.exit(str(unknown(key, value, known)))
     if device == "cuda" and not torch.cuda.is_available():

@@ -30,6 +30,7 @@ STORE_PREFIX = "store:"  # marks a file that lies in the site's store
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Square = Literal["crop", "pad"]
+TORCH_FILES = (".bin", ".pt", ".pth")  # ends of names of files that torch.save wrote
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -83,6 +84,11 @@ class Flamingo(Part):
     gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
     compile: bool = Field(False, description="torch.compile the vision tower and the decoder layers")
 
+    @property
+    def holds_what_it_began_with(self) -> bool:
+        """Whether a checkpoint holds all that ``weights`` gave; OpenFlamingo's gave token tables, which are frozen."""
+        return not self.weights
+
 
 class Lora(Part):
     """Low-rank updates of the language model's matrices (arXiv 2106.09685), in place of training it whole."""
@@ -111,6 +117,11 @@ class ClipFlanT5(Part):
     )
     gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
     compile: bool = Field(False, description="torch.compile the vision tower and the layers")
+
+    @property
+    def holds_what_it_began_with(self) -> bool:
+        """Whether a checkpoint holds all that ``weights`` gave, as it does of an mm_projector.bin."""
+        return not self.weights or (Path(self.weights).suffix in TORCH_FILES and "projector" in self.trainable)
 
     @model_validator(mode="after")
     def updates_are_of_what_learns(self) -> ClipFlanT5:
@@ -159,14 +170,17 @@ class Source(Part):
 
     @model_validator(mode="after")
     def no_value_is_without_effect(self) -> Source:
-        for name in ("min_images", "drop_single_image"):
-            value = getattr(self, name)
-            if self.form != "interleaved" and value != Source.model_fields[name].default:
-                raise ValueError(f"{name}={value} is of form=interleaved, not of form={self.form}: leave it out")
-        if not self.pack_tokens and self.pack_images != Source.model_fields["pack_images"].default:
-            raise ValueError(f"pack_images={self.pack_images} is of packed rows: give pack_tokens too, or leave it out")
-        if self.order != "modality_length" and self.chunk > 1:
-            raise ValueError(f"chunk={self.chunk} is of order=modality_length, not of order={self.order}: leave it out")
+        of_documents = "" if self.form == "interleaved" else f"form=interleaved, not of form={self.form}"
+        wanted = {
+            "min_images": of_documents,
+            "drop_single_image": of_documents,
+            "pack_images": "" if self.pack_tokens else "packed rows, and pack_tokens=0 makes none",
+            "chunk": "" if self.order == "modality_length" else f"order=modality_length, not of order={self.order}",
+        }
+        for name, what in wanted.items():
+            value, default = getattr(self, name), Source.model_fields[name].default
+            if what and value != default:
+                raise ValueError(f"{name}={value} is of {what}: it must be {name}={default}")
         return self
 
     @model_validator(mode="after")
@@ -312,7 +326,7 @@ class Run(Part):
         if every % saved:
             raise ValueError(f"evaluate.every={every} must be a multiple of train.save_every={saved}")
         if every and not self.evaluate.benchmarks:
-            raise ValueError(f'evaluate.every={every} wants a benchmark: evaluate.benchmarks.coco="data=... shots=4"')
+            raise ValueError(f'evaluate.every={every} wants a benchmark: evaluate.benchmarks.NAME="data=..."')
         return self
 
     @model_validator(mode="after")

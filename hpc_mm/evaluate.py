@@ -195,7 +195,7 @@ def watch(options: Evaluation, benchmark: Benchmark) -> int:
         for trial, plan in planned.plans.items()
     ]
     jobs = options.watched(benchmark.name, planned.step)
-    return watch.watch(watched, "questions", f"{benchmark.metric}, {rules}", jobs)
+    return watch.watch(watched, "questions", f"{benchmark.metric}, {rules}", "95 % interval of all", jobs)
 
 
 def score_so_far(

@@ -65,9 +65,9 @@ def export(options: Export) -> Path:
 
 
 def weights_of(found: Weights) -> dict[str, Tensor]:
-    """What the checkpoint holds, over what the run began with; all weights where ``model.weights`` gave some."""
+    """What the checkpoint holds, over what the run began with; all weights where ``model.weights`` gave others."""
     assert found.checkpoint is not None
-    if found.run.model.weights:
+    if found.run.model.weights and not found.run.model.holds_what_it_began_with:
         model, _ = trained(found, "fp32")
         return {name: value.detach() for name, value in model.named_parameters()}
     began = checkpoint.read_weights(Path(found.run.start)) if found.run.start else {}

@@ -31,7 +31,7 @@ from hpc_mm.faithfulness import Floats
 from hpc_mm.faithfulness_files import Item
 from hpc_mm.intervals import Interval
 from hpc_mm.metrics import vqascore
-from hpc_mm.predictions import Plan, Row, as_read, merged, parts_to_do, read_plan, save_plan, write_part
+from hpc_mm.predictions import Plan, Row, as_read, merged, not_planned, parts_to_do, read_plan, save_plan, write_part
 from hpc_mm.results import VQASCORE, finite
 from hpc_mm.scoring import percent
 from hpc_mm.site import read_options
@@ -165,7 +165,7 @@ def planned(options: Judging) -> tuple[Store, Plan, list[Item], answerer.Weights
         store = open_store(options.out)
         kept = read_plan(store)
     except (MissingKey, StoreError) as missing:
-        raise ConfigError(f"{options.out}: nothing is planned there ({missing}); stage=plan comes first") from None
+        raise not_planned(options.out, missing) from None
     items, images = read(options)
     step = kept.work["step"] if options.step == LATEST else options.step
     weights = found(options.checkpoint, step, digests=False)  # whoever planned has verified them
@@ -221,20 +221,24 @@ def watch(options: Judging) -> int:
     scored = partial(figures_so_far, options.benchmark, {item.id: item for item in items}, {})
     watched = watch.Watched(options.benchmark, store, kept, scored)
     jobs = options.watched(options.benchmark, str(kept.work["step"]))
-    return watch.watch([watched], "items", f"{options.benchmark}, {VQASCORE}", jobs)
+    return watch.watch([watched], "items", f"{options.benchmark}, {VQASCORE}", "95 % interval", jobs)
 
 
 def figures_so_far(
     benchmark: str, by_id: Mapping[str, Item], known: dict[str, Floats], new: Mapping[int, list[Row]]
 ) -> dict[str, Interval]:
     """Times 100, as ``collect`` has them, with the rows of new parts; those of parts of the items where there are no
-    others, and none where the rows do not suffice. ``known``: scores by item, to which those of the rows are added."""
+    others. Where all items so far do not suffice, those of whole groups; else none. ``known``: scores by item, to which
+    those of the rows are added."""
     known.update((row["id"], vqascore(row["log_probabilities"], VQASCORE)) for rows in new.values() for row in rows)
+    begun = {item.group for name, item in by_id.items() if name not in known}
     items = [item for name, item in by_id.items() if name in known]
-    try:
-        found = faithfulness.results(benchmark, items, [known[item.id] for item in items])
-    except ValueError:  # of a curve, one class alone so far
-        return {}
+    for some in (items, [item for item in items if item.group not in begun]):
+        try:
+            found = faithfulness.results(benchmark, some, [known[item.id] for item in some])
+            break
+        except ValueError:  # of a curve, one class alone so far
+            found = {}
     whole = {name: one for name, one in found.items() if "/" not in name}
     return {name: percent(one) for name, one in (whole or found).items()}
 

@@ -86,6 +86,12 @@ def read_plan(store: Store) -> Plan:
         raise ConfigError(f"{store.address}/{PLAN} is no plan ({type(error).__name__}: {error})") from None
 
 
+def not_planned(address: str, missing: Exception) -> ConfigError:
+    return ConfigError(
+        f"{address}: not all is planned there ({missing}); stage=plan comes first, or give the step= that was planned"
+    )
+
+
 # ---------------------------------------------------------------- parts
 
 

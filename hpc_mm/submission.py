@@ -123,8 +123,7 @@ def refuse_other_updates(said: str, old: Run, run: Run) -> None:
 def refuse_lost(old: Run, found: Path, run: Run) -> None:
     """ConfigError where the run ``old``, whose checkpoint is ``found``, began with weights that are not in it."""
     ours, theirs = (Path(model.weights).expanduser().absolute() for model in (run.model, old.model))
-    projector = isinstance(old.model, ClipFlanT5) and theirs.is_file()  # which the checkpoint holds
-    if old.model.weights and ours != theirs and not projector:
+    if old.model.weights and ours != theirs and not old.model.holds_what_it_began_with:
         raise ConfigError(f"start={run.start} is a run with model.weights={old.model.weights}; give the same here")
     if not old.start:
         return

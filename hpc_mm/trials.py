@@ -17,7 +17,7 @@ from hpc_mm.config import ConfigError, Part, one_line
 from hpc_mm.data.parts import changes
 from hpc_mm.data.store import MissingKey, Store, StoreError, open_store
 from hpc_mm.demonstrations import QuerySet, Similar
-from hpc_mm.predictions import Plan, as_read, read_plan, save_plan
+from hpc_mm.predictions import Plan, as_read, not_planned, read_plan, save_plan
 from hpc_mm.protocol import RICES, Demonstrations, Protocol, Questions, Scoring, digest_of, protocol_of
 from hpc_mm.rules import OPENFLAMINGO, VERSION
 
@@ -246,12 +246,6 @@ def read(address: str, choice: Choice) -> Planned:
         if plan.ids != planned.ids:
             raise ConfigError(f"{address}/{trial.name} is a plan of other questions than {QUESTIONS}: use another out")
     return planned
-
-
-def not_planned(address: str, missing: Exception) -> ConfigError:
-    return ConfigError(
-        f"{address}: not all is planned there ({missing}); stage=plan comes first, or give the step= that was planned"
-    )
 
 
 def read_pool(store: Store) -> Pool:

@@ -72,11 +72,13 @@ class Queue:
             self.gone, self.answers = False, False
 
 
-def watch(trials: Sequence[Watched], what: str, title: str, jobs: Sequence[str] = (), every: float = EVERY) -> int:
+def watch(
+    trials: Sequence[Watched], what: str, title: str, interval: str, jobs: Sequence[str] = (), every: float = EVERY
+) -> int:
     """Show every trial until all parts are done; reads what tasks have written, and nothing else.
 
-    ``what``: a plan's ids are of, such as questions. ``jobs``: names of Slurm jobs that make parts, of which it is told
-    when none is left; none = Slurm is not asked.
+    ``what``: a plan's ids are of, such as questions. ``interval``: heads the column of intervals. ``jobs``: names of
+    Slurm jobs that make parts, of which it is told when none is left; none = Slurm is not asked.
     """
     console = Console()
     queue = Queue(jobs, partial(console.print, markup=False, soft_wrap=True))
@@ -86,7 +88,7 @@ def watch(trials: Sequence[Watched], what: str, title: str, jobs: Sequence[str] 
             states = [one.look() for one in trials]
             ended = all(found.questions == found.total for found in states)
             told = "" if ended else told or silence(trials)
-            table = shown(trials, states, what, title + told)
+            table = shown(trials, states, what, title + told, interval)
             if console.is_terminal:
                 live.update(table, refresh=True)
             else:
@@ -107,9 +109,9 @@ def silence(trials: Sequence[Watched]) -> str:
     return f"; nothing new for {clock(time.time() - newest)}: see the logs, or {AGAIN}"
 
 
-def shown(trials: Sequence[Watched], states: Sequence[State], what: str, title: str) -> Table:
+def shown(trials: Sequence[Watched], states: Sequence[State], what: str, title: str, interval: str) -> Table:
     table = Table(title=title)
-    for name in ("", what, "score", "95 % interval", f"{what}/s", "left"):
+    for name in ("", what, "score", interval, f"{what}/s", "left"):
         table.add_column(name, justify="right" if name else "left")
     for one, found in zip(trials, states, strict=True):
         rate = "" if found.rate is None else f"{found.rate:.1f}"

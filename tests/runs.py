@@ -18,6 +18,12 @@ SMALL = [
 LOCAL = ["cluster=local", *SMALL]
 
 
+def small(*words: str) -> list[str]:
+    """The words, after those of a small run that they do not say otherwise."""
+    given = {word.partition("=")[0] for word in words}
+    return [*(word for word in SMALL if word.partition("=")[0] not in given), *words]
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

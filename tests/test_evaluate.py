@@ -282,6 +282,8 @@ def test_a_split_without_answers_becomes_a_file_for_the_challenge(
     assert run(VQA, run_folder, data, out, "split=test-dev", "shots=2", "seeds=3") == 0
     (file,) = out.glob("vqav2-*.json")
     assert file.name == "vqav2-test-dev-2shot-s3.json" and str(file) in capsys.readouterr().out
+    assert run(VQA, run_folder, data, out, "split=test-dev", "shots=2", "seeds=3", "watch=true") == 0
+    assert capsys.readouterr().out.startswith("8 of 8 questions\n"), "nothing to score"
     lines = json.loads(file.read_text())
     assert [line["question_id"] for line in lines] == [10 * i + k for i in range(12) for k in range(2)]
     assert {line["question_id"] for line in lines if line["answer"]} <= {

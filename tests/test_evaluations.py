@@ -16,7 +16,7 @@ import pytest
 import questions
 import samples
 from checkout import ROOT, environment, launch, make_checkout, make_store
-from runs import LOCAL, lines
+from runs import lines, small
 
 from hpc_mm import attempt, checkpoint, evaluations, scheduled
 from hpc_mm.command import Submission
@@ -101,7 +101,7 @@ def scored(run_folder: Path, name: str, step: int, **scores: float) -> None:
     ("words", "message"),
     [
         (["evaluate.every=3", f"{COCO}=data=coco"], "evaluate.every=3 must be a multiple of train.save_every=2"),
-        ([], "evaluate.every=4 wants a benchmark: evaluate.benchmarks.coco="),
+        ([], "evaluate.every=4 wants a benchmark: evaluate.benchmarks.NAME="),
         (["evaluate.benchmarks.cocco=data=coco"], "'cocco': did you mean coco?"),
         ([f"{COCO}=data=coco shotz=4"], "evaluate.benchmarks.coco='data=coco shotz=4': unknown key 'shotz'"),
         ([f"{COCO}=data=coco step=4"], "step= is not to be given here"),
@@ -472,9 +472,8 @@ def test_a_local_run_is_evaluated_while_it_trains(shapes: Path, tmp_path: Path) 
     data = questions.write_splits(tmp_path / "coco", test=captions(range(3)), train=captions(range(3, 9)))
     words = f"data={data} shots=2 query_set=6 decoding.beams=1 decoding.max_new_tokens=4 examples=0"
     values = environment(ROOT, tmp_path, HPC_MM_STORE=str(shapes))
-    command = [*LOCAL, "nodes=1", "strategy=ddp", "train.steps=2", "train.save_every=1", "train.keep=1"]
-    command = [*(word for word in command if word != "train.steps=6"), "evaluate.every=2", f"{COCO}={words}"]
-    result = launch(values, *command)
+    command = ["nodes=1", "strategy=ddp", "train.steps=2", "train.save_every=1", "train.keep=1", "evaluate.every=2"]
+    result = launch(values, "cluster=local", *small(*command, f"{COCO}={words}"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
     run = tmp_path / "runs" / "toy"

@@ -132,6 +132,10 @@ def test_figures_so_far_of_sources(tmp_path: Path) -> None:
     assert judging.figures_so_far("seetrue", by_id, known, {0: rows[::2]}) == {}
     found = judging.figures_so_far("seetrue", by_id, known, {1: rows[1::2]})
     assert list(found) == ["auroc/coco"] and found["auroc/coco"].mean == 25.0
+    begun = Item("4", ("a",), ("t4",), human=1, group="drawbench")
+    rows.append({"id": "4", "log_probabilities": [[[-1.0]]]})
+    both = {**by_id, "4": begun, "5": replace(begun, id="5", human=0)}
+    assert judging.figures_so_far("seetrue", both, known, {2: rows[4:]}) == found, "of sources that are whole"
 
 
 def test_killed_tasks_are_run_again(run_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -103,7 +103,10 @@ def test_a_projector_that_a_run_was_given_is_in_its_checkpoint(whole: Path, tmp_
     assert export.main([f"run={whole}", f"out={tmp_path / 'out'}", "form=projector"]) == 0
     file = tmp_path / "out" / "mm_projector.bin"
     run = ended(tmp_path / "stage1", **{"model.weights": str(file), "model.trainable": "projector"})
+    file.unlink()
     assert begun_with(run, tmp_path)
+    assert export.main([f"run={run}", f"out={tmp_path / 'alone'}"]) == 0
+    assert all(name.startswith("projector.") for name in load_file(tmp_path / "alone" / "model.safetensors"))
 
 
 def test_what_a_run_began_with_is_found_where_the_run_is(whole: Path, tmp_path: Path) -> None:

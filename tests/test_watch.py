@@ -81,7 +81,7 @@ def test_without_scores_the_count_is_told(tmp_path: Path, capsys: pytest.Capture
     plan = planned(tmp_path, VQA)
     for part in range(10):
         answer(plan, part, "a1")
-    assert watch([replace(watched(plan, VQA), scored=None)], "questions", "hidden", every=0) == 0
+    assert watch([replace(watched(plan, VQA), scored=None)], "questions", "hidden", "interval", every=0) == 0
     said = capsys.readouterr().out
     assert said.startswith("40 of 40 questions\n") and "2 shots, seed 1" in said
 
@@ -91,7 +91,7 @@ def test_it_ends_with_the_last_part(tmp_path: Path, capsys: pytest.CaptureFixtur
     parts = plan.plans[Trial(2, 1)].parts
     for part in range(parts):
         answer(plan, part, "a1")
-    assert watch([watched(plan, VQA)], "questions", "vqa", every=0) == 0
+    assert watch([watched(plan, VQA)], "questions", "vqa", "interval", every=0) == 0
     said = capsys.readouterr().out
     assert "40 of 40 questions  2 shots, seed 1: 22.50 (22.50 to 22.50)" in said
 
@@ -160,7 +160,7 @@ def test_a_job_that_ends_with_the_last_part_is_not_told(
     last = tmp_path / "out-vqav2" / "2shot-s1" / "parts" / "000009.jsonl"
     last.rename(tmp_path / "last")
     squeue(f"mv {tmp_path}/last {last} 2>&1")
-    assert watch([watched(plan, VQA)], "questions", "vqa", ["toy-answer"], every=0) == 0
+    assert watch([watched(plan, VQA)], "questions", "vqa", "interval", ["toy-answer"], every=0) == 0
     said = capsys.readouterr().out
     assert "40 of 40 questions" in said and "Slurm has no job" not in said
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from checkout import launch
-from runs import SMALL, lines
+from runs import lines, small
 
 
 def job_of(folder: Path, submission: int = 1) -> str:
@@ -51,8 +51,7 @@ def wait(job: str, seconds: int = 600) -> str:
 
 def submit(user: dict[str, str], name: str, *words: str) -> tuple[Path, str, str]:
     """The run's folder, the job, and what the launcher said."""
-    small = [word for word in SMALL if word.partition("=")[0] not in {key.partition("=")[0] for key in words}]
-    result = launch(user, *small, "cluster=slurm", f"name={name}", *words)
+    result = launch(user, *small(*words), "cluster=slurm", f"name={name}")
     assert result.returncode == 0, result.stderr
     run = Path(user["HPC_MM_RUNS"]) / name
     newest = max(int(path.parent.name) for path in run.glob("submissions/*/job_id"))

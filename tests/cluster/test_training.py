@@ -12,30 +12,31 @@ import questions
 import samples
 from checkout import launch
 from jobs import appears, ends_well, start_now, stepped, submit, wait
-from runs import SMALL, lines, losses
+from runs import lines, losses, small
 
 from hpc_mm import attempt
 
 pytestmark = pytest.mark.usefixtures("slurm")
+STEPS = "train.steps=8"  # which the learning rate goes by; enough to be warned among them
 
 
 @pytest.fixture(scope="module")
 def alone(user: dict[str, str]) -> list[list[float]]:
     """Losses of one process without DeepSpeed."""
-    result = launch(user, *SMALL, "cluster=local", "name=alone", "nodes=1", "strategy=ddp")
+    result = launch(user, *small(STEPS), "cluster=local", "name=alone", "nodes=1", "strategy=ddp")
     assert result.returncode == 0, result.stdout + result.stderr
     return losses(Path(user["HPC_MM_RUNS"]) / "alone")
 
 
 def assert_as_one_process(ours: list[list[float]], alone: list[list[float]], said: str, rel: float = 2e-4) -> None:
-    for step, (found, expected) in enumerate(zip(ours, alone, strict=False), start=1):
+    for step, (found, expected) in enumerate(zip(ours, alone, strict=True), start=1):
         print(f"{said}, step {step}: documents, pairs and questions {found}; one process {expected}")
         assert found == pytest.approx(expected, rel=rel)
 
 
 @pytest.mark.chaos
 def test_four_nodes_lose_as_one_process_does(user: dict[str, str], alone: list[list[float]]) -> None:
-    run, job, _ = submit(user, "zero3", "nodes=4", "strategy=zero3")
+    run, job, _ = submit(user, "zero3", STEPS, "nodes=4", "strategy=zero3")
     ends_well(run, job)
     assert_as_one_process(losses(run), alone, "ZeRO-3 on 4 nodes")
 
@@ -54,7 +55,7 @@ def test_a_warned_job_requeues_itself_and_loses_no_step(
 ) -> None:
     """With reading workers; bit for bit the losses of the job left in peace, which are those of one process."""
     name = "-".join(word.partition("=")[2] for word in words)
-    words = ["nodes=2", "loader.workers=2", "train.steps=8", *words]
+    words = [STEPS, "nodes=2", "loader.workers=2", *words]
     quiet, job, _ = submit(user, f"quiet-{name}", *words)
     ends_well(quiet, job)
     rel = 2e-2 if "precision=bf16" in words else 2e-4  # bf16 keeps 8 bits, and differences add up over steps
@@ -80,14 +81,14 @@ def test_a_warned_job_requeues_itself_and_loses_no_step(
 @pytest.mark.chaos
 def test_nodes_may_change_from_start_to_start(user: dict[str, str], alone: list[list[float]]) -> None:
     """4 nodes, then 2, then 3, of ZeRO-3: scancel ends each after a step, which is all that a user types."""
-    words = ["strategy=zero3", "train.steps=6"]
+    words = ["strategy=zero3", STEPS]
     run, job, _ = submit(user, "elastic", *words, "nodes=4")
     for nodes, step in ((2, 1), (3, 3)):
         stepped(run, step)
         subprocess.run(["scancel", job], check=True)
         wait(job)
         done = attempt.read(run)["step"]
-        assert attempt.read(run)["ending"] == "ended" and done < 6
+        assert attempt.read(run)["ending"] == "ended" and done < 8
         run, job, said = submit(user, "elastic", *words, f"nodes={nodes}")
         assert f"-> {nodes}" in said and "the same samples in every step" in said
     ends_well(run, job)
