@@ -32,7 +32,7 @@ from hpc_mm.faithfulness_files import Item
 from hpc_mm.intervals import Interval
 from hpc_mm.metrics import vqascore
 from hpc_mm.predictions import Plan, Row, as_read, merged, not_planned, parts_to_do, read_plan, save_plan, write_part
-from hpc_mm.results import VQASCORE, finite
+from hpc_mm.results import VQASCORE
 from hpc_mm.scoring import percent
 from hpc_mm.site import read_options
 from hpc_mm.staged import PLAN, Staged, exit_code
@@ -94,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command(words: Sequence[str]) -> int:
     options: Judging = read_options(Judging, words)
-    named = not options.plans and options.out
-    weights = None if named else found(options.checkpoint, options.step, digests=options.plans)
+    wanted = options.plans or not options.out
+    weights = found(options.checkpoint, options.step, digests=options.plans) if wanted else None
     options = options.located(options.benchmark, weights.step if weights else options.step)
     if options.watch:
         return watch(options)
@@ -264,7 +264,12 @@ def collect(options: Judging) -> None:
         "pairs": count_pairs(items),
         "cleaned": sum(row["cleaned"] for row in rows),
         "scores": [
-            {"metric": mode, "figure": name, **as_percent(one), "protocol": id_of(kept.work["protocol"], mode)}
+            {
+                "metric": mode,
+                "figure": name,
+                **results.interval(percent(one)),
+                "protocol": id_of(kept.work["protocol"], mode),
+            }
             for mode, some in figures.items()
             for name, one in some.items()
         ],
@@ -281,10 +286,6 @@ def id_of(protocol: dict[str, Any], mode: str) -> str:
     asked = digest((protocol["question"], protocol["answer"]))
     items = f"{protocol['benchmark']}-{protocol['items']}@{protocol['digest'][:4]}"
     return f"{items}/{protocol['template']}@{asked[:4]}/{mode}@v{protocol['version']}"
-
-
-def as_percent(found: Interval) -> dict[str, float | None]:
-    return {end: finite(value) for end, value in zip(("score", "low", "high"), percent(found), strict=True)}
 
 
 def show(values: dict[str, Any]) -> None:

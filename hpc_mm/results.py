@@ -15,6 +15,7 @@ from hpc_mm import challenge, evaluations, ok_vqa
 from hpc_mm.benchmark import Benchmark
 from hpc_mm.config import ConfigError, Part, Run, validated
 from hpc_mm.data.store import MissingKey, Store, open_store, write_changed
+from hpc_mm.intervals import Interval
 from hpc_mm.predictions import Row, merged
 from hpc_mm.protocol import RICES
 from hpc_mm.rules import OPENFLAMINGO
@@ -182,7 +183,7 @@ def score(planned: Planned, benchmark: Benchmark, rows: dict[Trial, list[Row]], 
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         write_changed(planned.store(trial), f"{rules}.jsonl", text.encode())
         file = f"{trial.name}/{rules}.jsonl"
-        entries.append({"seed": trial.seed, "file": file, **interval(one)})
+        entries.append({"seed": trial.seed, "file": file, **interval(one.interval())})
     values = list(found.values())
     others = {name: PERCENT * float(np.mean([one.others[name] for one in values])) for name in values[0].others}
     return {
@@ -190,7 +191,7 @@ def score(planned: Planned, benchmark: Benchmark, rows: dict[Trial, list[Row]], 
         "selection": made_by.demonstrations.selection,
         "metric": benchmark.metric,
         "rules": rules,
-        **interval(together),
+        **interval(together.interval()),
         "others": others,
         "trials": entries,
         "protocol": made_by.id,
@@ -198,9 +199,9 @@ def score(planned: Planned, benchmark: Benchmark, rows: dict[Trial, list[Row]], 
     }
 
 
-def interval(found: Scores) -> Record:
-    mean, low, high = found.interval()
-    return {"score": mean, "low": finite(low), "high": finite(high)}
+def interval(found: Interval) -> Record:
+    """As a ``Score`` has it."""
+    return {"score": found.mean, "low": finite(found.low), "high": finite(found.high)}
 
 
 def finite(value: float) -> float | None:
